@@ -1,0 +1,91 @@
+"""Delivery: one message as a queue handed it to us, and the ways to answer it.
+
+A delivery is settled exactly once: done, retry later, dead letter, or hand back. It belongs to
+one connection: once that is lost the delivery is `lost`, settling it does nothing, and the
+message will come again (as another delivery) or has already gone elsewhere.
+
+Everything here runs on the loop's thread.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+
+@dataclass(slots=True, eq=False)
+class Delivery:
+    """One message taken from a queue, not yet settled."""
+
+    queue: str  # the section's name, not the broker's
+    body: bytes
+    source: "Source"
+    token: Any = None  # the source's own, meaningless to others
+    id: str | None = None  # as the message gives it, unchecked
+    task: str | None = None  # as the message's properties give it; the body may name one too
+    redelivered: bool = False
+    attempt: int = 0  # attempts that were made before, as the message says
+    priority: int | None = None
+    reply_to: str | None = None
+    correlation_id: str | None = None
+    submitted_at: float | None = None  # Unix time, where the message has one
+    exchange: str = ""
+    routing_key: str = ""
+    headers: Mapping[str, Any] = field(default_factory=dict)
+    row: Mapping[str, Any] | None = None  # the job's row, where the source is the store itself
+    settled: bool = False
+    lost: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """A message to be put on a queue by us."""
+
+    id: str
+    task: str
+    body: bytes
+    attempt: int = 0
+    priority: int | None = None
+    reply_to: str | None = None
+    correlation_id: str | None = None
+
+
+class Source(Protocol):
+    """What a `[queue:NAME]` section becomes: where deliveries come from and are settled.
+
+    Deliveries go to the `on_delivery` it was made with. When deliveries are lost, each is
+    marked so and then `on_lost(name)` is called, once.
+    """
+
+    name: str
+
+    def start(self) -> None: ...
+
+    def consume(self, wanted: bool) -> None:
+        """Whether to take messages. Off: the consumer is cancelled, nothing is handed back."""
+
+    def done(self, delivery: Delivery) -> None:
+        """The outcome is recorded: the message may go."""
+
+    def retry(self, delivery: Delivery, *, id: str, attempt: int, delay: float) -> None:
+        """The message comes again after `delay` seconds, saying that `attempt` were made."""
+
+    def dead(self, delivery: Delivery, *, id: str, attempt: int, reason: str) -> None:
+        """The message goes to the dead letters."""
+
+    def back(self, delivery: Delivery) -> None:
+        """The message goes back to its queue, for whoever comes first."""
+
+    def reply(self, delivery: Delivery, body: bytes) -> None:
+        """Tell `reply_to`, if the message has one, the outcome: `body` is JSON."""
+
+    def submit(self, message: Message, then: Callable[[str | None], None]) -> None:
+        """Put a message on this queue; `then(None)` once it is safe there, else the reason."""
+
+    def status(self) -> dict[str, Any]:
+        """For QUEUES and STATUS: at least `state` (states.LinkState) and `reason`."""
+
+    def drained(self) -> bool:
+        """Whether every settlement so far has left for the broker and been confirmed."""
+
+    def close(self) -> None:
+        """Stop for good; what is not settled goes back by itself."""

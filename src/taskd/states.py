@@ -1,0 +1,115 @@
+"""The state machines: one enum and one table each.
+
+What is wished (by people and by configuration) is kept apart from what is (by events), and an
+outcome apart from a state: that a job's attempt was `interrupted` is an outcome of the attempt,
+while the job itself is simply `queued` again.
+"""
+
+from enum import StrEnum
+from typing import TypeVar
+
+
+class JobState(StrEnum):
+    """What a front end reads in `jobs.state`."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    RETRYING = "retrying"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    REJECTED = "rejected"
+
+
+class AttemptState(StrEnum):
+    """What `attempts.state` holds: one run of a job, and how it ended."""
+
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    INTERRUPTED = "interrupted"
+
+
+class ChildState(StrEnum):
+    """A child ends twice: it exits, and it drains. It is ended when both are true."""
+
+    RUNNING = "running"
+    STOPPING = "stopping"  # TERM and CONT were sent, the kill is on the clock
+    KILLED = "killed"  # the whole tree was killed; the exit is still to come
+    EXITED = "exited"  # reaped, but somebody still holds its pipes
+    ENDED = "ended"
+
+
+class DaemonState(StrEnum):
+    STARTING = "starting"
+    RUNNING = "running"
+    DRAINING = "draining"  # takes nothing new, running jobs go on
+    STOPPING = "stopping"  # the patience is over, running jobs are being stopped
+    STOPPED = "stopped"
+
+
+class LinkState(StrEnum):
+    """A connection to a broker, or a queue's channel on it."""
+
+    DOWN = "down"
+    CONNECTING = "connecting"
+    UP = "up"
+    CLOSED = "closed"  # by us, for good
+
+
+class StoreState(StrEnum):
+    STARTING = "starting"
+    UP = "up"
+    AWAY = "away"
+
+
+JOB_MOVES: dict[JobState, frozenset[JobState]] = {
+    JobState.QUEUED: frozenset({JobState.RUNNING, JobState.CANCELLED, JobState.REJECTED}),
+    JobState.RUNNING: frozenset(
+        {
+            JobState.SUCCEEDED,
+            JobState.FAILED,
+            JobState.RETRYING,
+            JobState.CANCELLED,
+            JobState.QUEUED,  # the attempt was interrupted
+        }
+    ),
+    JobState.RETRYING: frozenset({JobState.RUNNING, JobState.CANCELLED, JobState.REJECTED}),
+    # A person may send a finished job back (`taskctl retry`).
+    JobState.SUCCEEDED: frozenset({JobState.QUEUED}),
+    JobState.FAILED: frozenset({JobState.QUEUED}),
+    JobState.CANCELLED: frozenset({JobState.QUEUED}),
+    JobState.REJECTED: frozenset({JobState.QUEUED}),
+}
+
+CHILD_MOVES: dict[ChildState, frozenset[ChildState]] = {
+    ChildState.RUNNING: frozenset(
+        {ChildState.STOPPING, ChildState.KILLED, ChildState.EXITED, ChildState.ENDED}
+    ),
+    ChildState.STOPPING: frozenset({ChildState.KILLED, ChildState.EXITED, ChildState.ENDED}),
+    ChildState.KILLED: frozenset({ChildState.EXITED, ChildState.ENDED}),
+    ChildState.EXITED: frozenset({ChildState.ENDED}),
+    ChildState.ENDED: frozenset(),
+}
+
+DAEMON_MOVES: dict[DaemonState, frozenset[DaemonState]] = {
+    DaemonState.STARTING: frozenset({DaemonState.RUNNING, DaemonState.STOPPED}),
+    DaemonState.RUNNING: frozenset({DaemonState.DRAINING, DaemonState.STOPPING}),
+    DaemonState.DRAINING: frozenset({DaemonState.STOPPING, DaemonState.STOPPED}),
+    DaemonState.STOPPING: frozenset({DaemonState.STOPPED}),
+    DaemonState.STOPPED: frozenset(),
+}
+
+FINAL = frozenset(
+    {JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED, JobState.REJECTED}
+)
+
+S = TypeVar("S", bound=StrEnum)
+
+
+def move(moves: dict[S, frozenset[S]], old: S, new: S) -> S:
+    """`new`, if the table allows it; anything else is a bug and says so."""
+    if new not in moves[old]:
+        raise AssertionError(f"{type(old).__name__}: {old} may not become {new}")
+    return new
