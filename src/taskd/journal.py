@@ -14,11 +14,16 @@ Sinks and the handler may be used from any thread; they never wait.
 
 import errno
 import fcntl
+import logging
 import os
+import select
 import socket
 import struct
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Mapping
+from enum import StrEnum
 from typing import Protocol
 
 SOCKET_PATH = "/run/systemd/journal/socket"
@@ -44,7 +49,50 @@ FULL = frozenset(
 # journald reads a memfd only if nobody can change it any more.
 SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
+# Log records that may wait for a journal that is full.
+RECORDS_KEPT = 1000
+# How long the last records of a process may hold up its end.
+LAST_PATIENCE = 1.0
+
 WARNING = 4  # a priority as in syslog(3)
+LEVELS = {
+    "debug": logging.DEBUG,
+    "info": logging.INFO,
+    "warning": logging.WARNING,
+    "error": logging.ERROR,
+}
+PRIORITIES = {
+    logging.DEBUG: 7,
+    logging.INFO: 6,
+    logging.WARNING: WARNING,
+    logging.ERROR: 3,
+    logging.CRITICAL: 2,
+}
+
+
+class MessageId(StrEnum):
+    """What kind of entry it is, for `journalctl MESSAGE_ID=` and the journal catalog.
+
+    Random numbers, made once. They never change meaning; packaging/taskd.catalog explains each.
+    """
+
+    STARTED = "0e97ace9866d403fa14c0eb12c1c9fce"
+    DRAINING = "e938a771278740bd986811229a37f1cf"
+    STOPPED = "a54b9166cd3a47248c53221ce19f2999"
+    RELOADED = "0bad86de7715453f90b35b5c3cb4ef7c"
+    CONFIG_REFUSED = "46f4d4dbc15e43e39b6aa1a4d70c0148"
+    JOB_STARTED = "cb698cb08a9a41d29ef87e15bd4b01b2"
+    JOB_SUCCEEDED = "b671b341dfc64cd496e1cb08ad26fc29"
+    JOB_FAILED = "f960926bce634743ab552c8ce32469e8"
+    JOB_RETRY = "d96b009d80924e92ab23e9f2c42b2818"
+    JOB_CANCELLED = "86c4c1205c6449df817016f89d89049f"
+    JOB_INTERRUPTED = "43af8d4a267746d1801846cf050c2804"
+    JOB_REJECTED = "f6fc8cc21e9f45c6961ef2c99192abc3"
+    STORE_AWAY = "ccd5cf3412cb4f62990ae63ca6f1b826"
+    STORE_BACK = "97cb14359bad44feac7dbc0cfa5b5c49"
+    BROKER_DOWN = "580c7d6a9f014b38bbb43c0dd056b66e"
+    BROKER_UP = "3c8820d05d6047e8bc2af613645a561c"
+    ENTRIES_LOST = "b53b5abb182142e4b3b0d2b74ce9ff79"
 
 
 class Sink(Protocol):
@@ -78,21 +126,24 @@ class Losses:
     def __init__(self) -> None:
         self.total = 0
         self.untold: dict[bytes, int] = {}
+        self._lock = threading.Lock()
 
     def add(self, count: int, fields: bytes) -> None:
-        self.total += count
-        if fields not in self.untold and len(self.untold) >= LOSSES_TOLD_APART:
-            fields = b""
-        self.untold[fields] = self.untold.get(fields, 0) + count
+        with self._lock:
+            self.total += count
+            if fields not in self.untold and len(self.untold) >= LOSSES_TOLD_APART:
+                fields = b""
+            self.untold[fields] = self.untold.get(fields, 0) + count
 
-    def tell(self, write: Callable[[bytes, bytes], bool]) -> None:
-        """Hand each untold loss to `write` as (message, fields), until it refuses."""
-        while self.untold:
-            fields, count = self.untold.popitem()
-            entries = "entry" if count == 1 else "entries"
-            if not write(b"journal: %d %s lost here" % (count, entries.encode()), fields):
-                self.untold[fields] = count
-                return
+    def tell(self, put: Callable[[bytes, bytes], bool]) -> None:
+        """Hand each untold loss to `put` as (message, fields), until it refuses."""
+        with self._lock:
+            while self.untold:
+                fields, count = self.untold.popitem()
+                entries = b"entry" if count == 1 else b"entries"
+                if not put(b"journal: %d %s lost here" % (count, entries), fields):
+                    self.untold[fields] = count
+                    return
 
 
 def encode_field(name: str, value: bytes) -> bytes:
@@ -133,7 +184,8 @@ class JournalSink:
     def write(self, message: bytes, priority: int, fields: bytes = b"") -> bool:
         taken = self._put(message, priority, fields)
         if taken and self._losses.untold:
-            self._losses.tell(lambda text, fields: self._put(text, WARNING, fields))
+            lost = encode_field("MESSAGE_ID", MessageId.ENTRIES_LOST.encode())
+            self._losses.tell(lambda text, fields: self._put(text, WARNING, fields + lost))
         return taken
 
     def fileno(self) -> int:
@@ -203,3 +255,165 @@ class JournalSink:
             if self._connected:
                 self._connected = False
                 os.eventfd_write(self._gate, GATE_SHUT)
+
+
+class StderrSink:
+    """Readable lines on a descriptor that is shared with others and not ours to change.
+
+    O_NONBLOCK would change it for everybody who has it open, so each write is asked for with
+    poll(2) and is no longer than PIPE_BUF: a pipe that polls writable takes that much.
+    """
+
+    def __init__(self, fd: int = 2) -> None:
+        self._fd = fd
+        self._poll = select.poll()
+        self._poll.register(fd, select.POLLOUT)
+        self._rest = memoryview(b"")  # of the entry that was taken last
+        self._losses = Losses()
+        self._lock = threading.Lock()
+
+    def encode(self, fields: Mapping[str, str]) -> bytes:
+        """A child's lines say whose they are; the daemon's own say it in their text."""
+        if "TASKD_STREAM" not in fields:
+            return b""
+        task, job = fields.get("TASKD_TASK", "?"), fields.get("TASKD_JOB_ID", "?")
+        return f"{task} {job} ({fields['TASKD_STREAM']}): ".encode("utf-8", "backslashreplace")
+
+    def write(self, message: bytes, priority: int, fields: bytes = b"") -> bool:
+        with self._lock:
+            taken = self._put(message, fields)
+            if taken and self._losses.untold:
+                self._losses.tell(self._put)
+            return taken
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def drop(self, count: int, fields: bytes = b"") -> None:
+        self._losses.add(count, fields)
+
+    @property
+    def lost(self) -> int:
+        return self._losses.total
+
+    def close(self) -> None:
+        """The descriptor stays open: it is not ours."""
+
+    def _put(self, message: bytes, fields: bytes) -> bool:
+        if not self._flush() or not self._poll.poll(0):
+            return False
+        self._rest = memoryview(b"%s%s\n" % (fields, message))
+        self._flush()
+        return True
+
+    def _flush(self) -> bool:
+        while self._rest and self._poll.poll(0):
+            try:
+                self._rest = self._rest[os.write(self._fd, self._rest[: select.PIPE_BUF]) :]
+            except BlockingIOError:  # somebody else made it non-blocking
+                break
+            except OSError:  # the reader is gone, or the disk is full
+                self._rest = memoryview(b"")
+                self._losses.total += 1  # and not untold: telling may be what has failed
+        return not self._rest
+
+
+def open_sink(environ: Mapping[str, str] = os.environ) -> Sink:
+    """The journal, if stderr leads there (JOURNAL_STREAM in systemd.exec(5)); else stderr."""
+    try:
+        stderr = os.fstat(2)
+    except OSError:
+        return StderrSink()
+    if environ.get("JOURNAL_STREAM") == f"{stderr.st_dev}:{stderr.st_ino}":
+        return JournalSink()
+    return StderrSink()
+
+
+class Handler(logging.Handler):
+    """Log records to a sink.
+
+    A record may carry `fields` (a mapping, or bytes that the same sink encoded) and a
+    `message_id`. One that cannot be sent waits for the next record or the next `flush`.
+    """
+
+    def __init__(self, sink: Sink) -> None:
+        super().__init__()
+        self.sink = sink
+        self._ids = {one: sink.encode({"MESSAGE_ID": one}) for one in MessageId}
+        self._queue: deque[tuple[bytes, int, bytes]] = deque()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        fields = getattr(record, "fields", b"")
+        if not isinstance(fields, bytes):
+            fields = self.sink.encode(fields)
+        message_id = getattr(record, "message_id", None)
+        if message_id is not None:
+            fields += self._ids[message_id]
+        message = self._text(record).encode("utf-8", "backslashreplace")
+        priority = PRIORITIES.get(record.levelno, 6)
+        if self._queue:
+            self.flush()
+        if not self._queue and self.sink.write(message, priority, fields):
+            return
+        if len(self._queue) < RECORDS_KEPT:
+            self._queue.append((message, priority, fields))
+        else:
+            self.sink.drop(1)
+
+    def flush(self) -> None:
+        """Send what waits, as far as the sink takes it."""
+        self.acquire()
+        try:
+            while self._queue and self.sink.write(*self._queue[0]):
+                self._queue.popleft()
+        finally:
+            self.release()
+
+    def close(self) -> None:
+        """Send what waits, or give up after a second: these may be the last words."""
+        deadline = time.monotonic() + LAST_PATIENCE
+        while self._queue and (patience := deadline - time.monotonic()) > 0:
+            writable = select.poll()
+            writable.register(self.sink.fileno(), select.POLLOUT)
+            writable.poll(patience * 1000)
+            self.flush()
+        super().close()
+
+    def _text(self, record: logging.LogRecord) -> str:
+        try:
+            if record.exc_info or record.stack_info:
+                return self.format(record)
+            return record.getMessage()
+        except (TypeError, ValueError, KeyError) as error:
+            # A slip in a debug line must not take the daemon down when debugging is switched on.
+            return f"{record.msg} {record.args!r} (not formatted: {error})"
+
+
+def install(sink: Sink, level: str = "info") -> Handler:
+    """Send all logging of this process to `sink`: taskd's from `level` up, others' warnings."""
+    handler = Handler(sink)
+    root = logging.getLogger()
+    root.setLevel(logging.WARNING)
+    root.addHandler(handler)
+    set_level(level)
+    # Not shown anywhere, and a third of a record's cost (logging HOWTO, "Optimization").
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    logging._srcfile = None
+    return handler
+
+
+def set_level(level: str) -> None:
+    """Change what taskd logs: debug, info, warning or error."""
+    logging.getLogger("taskd").setLevel(LEVELS[level])
+
+
+def event(
+    log: logging.Logger,
+    level: int,
+    message_id: MessageId,
+    fields: Mapping[str, str] | bytes,
+    text: str,
+    *args: object,
+) -> None:
+    """Log a life-cycle entry: `fields` as a mapping, or as bytes that the sink encoded."""
+    log.log(level, text, *args, extra={"message_id": message_id, "fields": fields})
