@@ -1,0 +1,65 @@
+"""What a run says and proves about itself, and what a test may ask of the machine."""
+
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+# Distribution and module, as they differ.
+RUNS_ON = {
+    "pika": "pika",
+    "systemd-python": "systemd",
+    "sdnotify": "sdnotify",
+    "SQLAlchemy": "sqlalchemy",
+    "click": "click",
+    "rich": "rich",
+}
+DEBIAN = Path("/usr/lib/python3/dist-packages")
+
+
+def needs(tool: str) -> str:
+    """The path of a program. Without it the test is skipped, or fails where CI is set."""
+    path = shutil.which(tool, path=os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin")
+    return path or cannot_run(f"{tool} is not installed; `make test` run by root installs it")
+
+
+def cannot_run(reason: str) -> NoReturn:
+    """Skip this test, or this module, saying why; where CI is set that is a failure."""
+    if os.environ.get("CI"):
+        pytest.fail(f"cannot run here: {reason}", pytrace=False)
+    pytest.skip(reason, allow_module_level=True)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--debian",
+        action="store_true",
+        help="refuse to run unless every dependency is Debian's own package",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--debian"):
+        foreign = [str(path) for path in origins() if DEBIAN not in path.parents]
+        if foreign:
+            raise pytest.UsageError(f"not from Debian's packages: {', '.join(foreign)}")
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in RUNS_ON]
+    whose = "Debian's own " if config.getoption("--debian") else ""
+    return f"on {whose}{', '.join(versions)}"
+
+
+def origins() -> list[Path]:
+    """Where each dependency would be imported from, and where its version is told."""
+    files = []
+    for distribution, module in RUNS_ON.items():
+        spec = importlib.util.find_spec(module)
+        files.append(Path(spec.origin) if spec and spec.origin else Path(module))
+        files.append(Path(str(importlib.metadata.distribution(distribution).locate_file(module))))
+    return files
