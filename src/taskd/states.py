@@ -31,6 +31,17 @@ class AttemptState(StrEnum):
     INTERRUPTED = "interrupted"
 
 
+class JobPhase(StrEnum):
+    """Where a job stands in the daemon's own hands, from its delivery until it is settled."""
+
+    JUDGING = "judging"  # the store is being asked what it knows of the id
+    WAITING = "waiting"  # for a slot
+    STARTING = "starting"  # holds a slot; its attempt row must be durable first
+    RUNNING = "running"  # has a child
+    RECORDING = "recording"  # the outcome is on its way to the store
+    SETTLED = "settled"
+
+
 class ChildState(StrEnum):
     """A child ends twice: it exits, and it drains. It is ended when both are true."""
 
@@ -81,6 +92,15 @@ JOB_MOVES: dict[JobState, frozenset[JobState]] = {
     JobState.FAILED: frozenset({JobState.QUEUED}),
     JobState.CANCELLED: frozenset({JobState.QUEUED}),
     JobState.REJECTED: frozenset({JobState.QUEUED}),
+}
+
+PHASE_MOVES: dict[JobPhase, frozenset[JobPhase]] = {
+    JobPhase.JUDGING: frozenset({JobPhase.WAITING, JobPhase.RECORDING, JobPhase.SETTLED}),
+    JobPhase.WAITING: frozenset({JobPhase.STARTING, JobPhase.RECORDING, JobPhase.SETTLED}),
+    JobPhase.STARTING: frozenset({JobPhase.WAITING, JobPhase.RUNNING, JobPhase.RECORDING}),
+    JobPhase.RUNNING: frozenset({JobPhase.RECORDING}),
+    JobPhase.RECORDING: frozenset({JobPhase.SETTLED}),
+    JobPhase.SETTLED: frozenset(),
 }
 
 CHILD_MOVES: dict[ChildState, frozenset[ChildState]] = {

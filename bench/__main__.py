@@ -1,0 +1,130 @@
+"""`make bench`: how fast taskd runs a `/bin/true` per RabbitMQ message, beside a bare loop.
+
+taskd runs as a user runs it: every outcome recorded with synchronous=FULL, one log line a
+life-cycle event. Rounds are interleaved, because the machine is shared: what counts is the
+ratio of neighbours, never an absolute rate.
+"""
+
+import argparse
+import os
+import signal
+import sqlite3
+import statistics
+import subprocess
+import sys
+import tempfile
+from datetime import datetime
+from pathlib import Path
+
+import pika
+from tests.support.rabbitmq import RabbitServer
+from tests.support.waiting import wait_until
+
+PREFETCH = 32
+CONFIG = """
+[taskd]
+store = sqlite:///{directory}/taskd.db
+control = {directory}/control.sock
+max_running = {prefetch}
+
+[queue:bench]
+url = {url}
+type = classic
+task = true
+
+[task:true]
+command = /bin/true
+max_running = {prefetch}
+"""
+
+
+def fill(url: str, count: int, *, named: bool) -> None:
+    with pika.BlockingConnection(pika.URLParameters(url)) as connection:
+        channel = connection.channel()
+        channel.queue_declare("bench", durable=True, arguments={"x-max-priority": 10})
+        channel.queue_purge("bench")
+        for number in range(count):
+            id = f"job-{number}" if named else None
+            channel.basic_publish("", "bench", b"", pika.BasicProperties(message_id=id))
+
+
+def left(url: str) -> int:
+    with pika.BlockingConnection(pika.URLParameters(url)) as connection:
+        declared = connection.channel().queue_declare("bench", passive=True)
+        return int(declared.method.message_count)
+
+
+def bare(url: str, count: int) -> float:
+    """Children a second of the bare loop."""
+    command = [sys.executable, "-m", "bench.bare", url, "bench", str(count), str(PREFETCH)]
+    ran = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
+    return count / float(ran.stdout)
+
+
+def taskd(url: str, count: int) -> tuple[float, dict[str, int]]:
+    """Jobs a second of taskd, and its memory at the end in bytes."""
+    with tempfile.TemporaryDirectory(prefix="taskd-bench-") as directory:
+        config = Path(directory, "taskd.conf")
+        config.write_text(CONFIG.format(directory=directory, url=url, prefetch=PREFETCH))
+        with Path(directory, "log").open("wb") as output:
+            daemon = subprocess.Popen(
+                [sys.executable, "-m", "taskd.main", "--config", str(config)], stderr=output
+            )
+        try:
+            store = f"file:{directory}/taskd.db?mode=ro"
+            wait_until(lambda: finished(store) == count, limit=300)
+            memory = pss(daemon.pid)
+        finally:
+            daemon.send_signal(signal.SIGTERM)
+            code = daemon.wait(60)
+        if code or left(url):
+            raise SystemExit(f"taskd ended with {code}, {left(url)} messages are left")
+        with sqlite3.connect(store, uri=True) as database:
+            first, last = database.execute(
+                "SELECT min(started_at), max(finished_at) FROM jobs"
+            ).fetchone()
+    seconds = (datetime.fromisoformat(last) - datetime.fromisoformat(first)).total_seconds()
+    return count / seconds, memory
+
+
+def finished(store: str) -> int:
+    try:
+        with sqlite3.connect(store, uri=True) as database:
+            query = "SELECT count(*) FROM jobs WHERE state = 'succeeded'"
+            return int(database.execute(query).fetchone()[0])
+    except sqlite3.OperationalError:
+        return 0  # the daemon has not made it yet
+
+
+def pss(pid: int) -> dict[str, int]:
+    """The memory of a process, from smaps_rollup (proc(5)), in bytes."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines()[1:]
+    return {key: int(value.split()[0]) * 1024 for key, value in (x.split(":") for x in lines)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
+    parser.add_argument("--count", type=int, default=4000, help="messages a round")
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    count = arguments.count
+    print(f"{os.cpu_count()} cores, {arguments.rounds} rounds of {count}, prefetch {PREFETCH}")
+    with RabbitServer() as server:
+        for named, title in ((False, "without message ids"), (True, "with message ids")):
+            ratios = []
+            for _ in range(arguments.rounds):
+                fill(server.url, count, named=named)
+                base = bare(server.url, count)
+                fill(server.url, count, named=named)
+                rate, memory = taskd(server.url, count)
+                ratios.append(rate / base)
+                print(
+                    f"bare {base:7.0f}/s   taskd {rate:7.0f}/s   ratio {rate / base:.2f}   "
+                    f"PSS {memory['Pss'] / 2**20:.1f} MB",
+                    flush=True,
+                )
+            print(f"/bin/true per message, {title}: median ratio {statistics.median(ratios):.2f}")
+
+
+if __name__ == "__main__":
+    main()

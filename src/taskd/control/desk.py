@@ -1,0 +1,277 @@
+"""The desk: what people may ask of the daemon, each request one call.
+
+It knows where an answer lies (the pool, the intake, the store) and nothing of sockets. What
+has to be asked of the store is answered later, through `then`, on the loop's thread.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+from taskd.config.schema import Config, Queue, Task
+from taskd.errors import Rejected, RequestError, StoreAway
+from taskd.queues.delivery import Delivery, Message
+from taskd.states import FINAL, JobState
+from taskd.store import statements
+from taskd.store.recorder import Recorder
+from taskd.work import message
+from taskd.work.events import Events
+from taskd.work.intake import PAUSED, Intake
+from taskd.work.pool import Pool
+
+Row = dict[str, Any]
+
+
+class Daemon(Protocol):
+    """The part of the daemon that the desk needs."""
+
+    config: Config
+    pool: Pool
+    intake: Intake
+    recorder: Recorder
+    events: Events
+
+    def info(self) -> dict[str, dict[str, Any]]: ...
+    def reload(self, *, dry: bool = False) -> list[str]: ...
+    def drain(self) -> None: ...
+    def undrain(self) -> None: ...
+    def shutdown(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A piece of a job's output."""
+
+    id: str
+    start: int  # the offset of its first byte; later than asked for where older bytes are gone
+    data: bytes
+    ended: bool  # nothing will follow
+
+    @property
+    def next(self) -> int:
+        return self.start + len(self.data)
+
+
+class Desk:
+    """Raises RequestError, or hands it to `then`, where a request cannot be served."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self._daemon = daemon
+        self._pool = daemon.pool
+        self._intake = daemon.intake
+        self._recorder = daemon.recorder
+        self.info = daemon.info
+        self.shutdown = daemon.shutdown
+        self.drain = daemon.drain
+        self.subscribe = daemon.events.subscribe
+
+    def reload(self, dry: bool) -> list[str]:
+        return self._daemon.reload(dry=dry)
+
+    # Jobs
+
+    def jobs(
+        self,
+        state: str | None,
+        task: str | None,
+        limit: int,
+        then: Callable[[list[Row] | Exception], None],
+    ) -> None:
+        """The youngest jobs, without payload and output."""
+        question = partial(statements.jobs, state=state, task=task, limit=limit)
+        self._recorder.ask(question, _answer(then))
+
+    def dead(self, limit: int, then: Callable[[list[Row] | Exception], None]) -> None:
+        """The youngest jobs that lie in the dead letters."""
+        self._recorder.ask(partial(statements.dead, limit=limit), _answer(then))
+
+    def job(self, id: str, then: Callable[[Row | None | Exception], None]) -> None:
+        """One job with its attempts; what is alive of it is as of now."""
+
+        def on_row(row: Row | None | StoreAway) -> None:
+            job = self._pool.jobs.get(id)
+            if isinstance(row, dict) and job is not None:
+                row["phase"] = str(job.phase)
+                if job.child is not None:
+                    row.update(pid=job.child.pid, progress=job.progress, status=job.status)
+                    row["output_tail"] = job.child.output.tail()
+            _answer(then)(row)
+
+        self._recorder.ask(partial(statements.job, id=id), on_row)
+
+    def output(
+        self, id: str, offset: int, follow: bool, then: Callable[[Chunk | Exception], None]
+    ) -> None:
+        """The kept output from `offset` on; with `follow`, as soon as there is any, or none can
+        come any more."""
+        output = self._pool.output(id)
+        if output is None:
+            self._recorder.ask(
+                partial(statements.job, id=id), partial(self._on_output_row, id, offset, then)
+            )
+        elif follow and offset >= output.total and not output.ended:
+            output.wait(lambda: self.output(id, offset, follow, then))
+        else:
+            start, data = output.read(offset)
+            then(Chunk(id, start, data, output.ended))
+
+    def _on_output_row(
+        self,
+        id: str,
+        offset: int,
+        then: Callable[[Chunk | Exception], None],
+        row: Row | None | StoreAway,
+    ) -> None:
+        if isinstance(row, StoreAway):
+            then(RequestError(f"the store is away: {row}"))
+        elif row is None:
+            then(RequestError(f"there is no job {id!r}"))
+        else:
+            # Only the tail is stored, and its place in the whole is not: offsets count from it.
+            data = (row["output_tail"] or b"")[offset:]
+            then(Chunk(id, offset, data, JobState(row["state"]) in FINAL))
+
+    def submit(
+        self,
+        task: str,
+        body: bytes,
+        queue: str | None,
+        id: str | None,
+        then: Callable[[str | Exception], None],
+    ) -> None:
+        """Put a message on a queue; `then` gets the job's id once it is safe there."""
+        config = self._daemon.config
+        if task not in config.tasks:
+            known = ", ".join(config.tasks)
+            raise RequestError(f"there is no task {task!r}; the tasks are {known}")
+        chosen = _queue_for(config, config.tasks[task], queue)
+        source = self._intake.source(chosen.name)
+        delivery = Delivery(queue=chosen.name, body=body, source=source, id=id, task=task)
+        try:
+            order = message.read(delivery, chosen, config.tasks)
+        except Rejected as reason:
+            raise RequestError(str(reason)) from None
+
+        def on_submitted(reason: str | None) -> None:
+            then(order.id if reason is None else RequestError(reason))
+
+        source.submit(Message(id=order.id, task=task, body=body), on_submitted)
+
+    def cancel(self, id: str, then: Callable[[str | Exception], None]) -> None:
+        """End a job for good, wherever it is; `then` gets "cancelled" or "cancelling"."""
+        job = self._pool.jobs.get(id)
+        if job is not None:
+            then(self._pool.cancel(job))
+            return
+
+        def on_cancelled(row: Mapping[str, Any] | None | StoreAway) -> None:
+            if isinstance(row, StoreAway):
+                then(RequestError(f"the store is away: {row}"))
+            elif row is None:
+                then(RequestError(f"there is no job {id!r}"))
+            elif row["state"] != JobState.CANCELLED:
+                then(RequestError(f"job {id} is {row['state']} already"))
+            else:
+                then("cancelled")
+
+        self._recorder.ask(partial(statements.cancel, id=id), on_cancelled)
+
+    def retry(self, id: str, then: Callable[[str | Exception], None]) -> None:
+        """Send a finished job back to its queue; `then` gets its id."""
+
+        def on_row(row: Mapping[str, Any] | None | str | StoreAway) -> None:
+            if isinstance(row, StoreAway):
+                then(RequestError(f"the store is away: {row}"))
+            elif row is None:
+                then(RequestError(f"there is no job {id!r}"))
+            elif isinstance(row, str):
+                then(RequestError(row))
+            else:
+                self._send_back(row, then)
+
+        if id in self._pool.jobs:
+            raise RequestError(f"job {id} has not ended")
+        names = tuple(self._daemon.config.queues)
+        self._recorder.ask(partial(statements.send_back, id=id, queues=names), on_row)
+
+    def _send_back(
+        self, row: Mapping[str, Any], then: Callable[[str | Exception], None]
+    ) -> None:
+        """The row says queued again; a broker needs the message too."""
+        id = row["id"]
+        source = self._intake.source(row["queue"])
+        sent = Message(
+            id=id,
+            task=row["task"],
+            body=row["payload"] or b"",
+            attempt=row["attempt"],
+            priority=row["priority"],
+        )
+        source.resubmit(
+            sent, lambda reason: then(id if reason is None else RequestError(reason))
+        )
+
+    # Queues and tasks
+
+    def queues(self) -> list[Row]:
+        return self._intake.states()
+
+    def tasks(self) -> list[Row]:
+        config = self._daemon.config
+        return [
+            {
+                "name": task.name,
+                "command": " ".join(task.command.words),
+                "running": self._pool.running(task.name),
+                "max_running": task.max_running,
+                "timeout": task.timeout,
+                "retries": task.retries,
+                "queues": [name for name, queue in config.queues.items() if task.name in queue.tasks],
+            }
+            for task in config.tasks.values()
+        ]
+
+    def pause(self, name: str) -> None:
+        self._intake.hold(PAUSED, _queue_name(name))
+
+    def resume(self, name: str) -> None:
+        """Undo PAUSE of a queue; `*` undoes DRAIN and every PAUSE."""
+        if name == "*":
+            self._daemon.undrain()
+            for queue in self._daemon.config.queues:
+                self._intake.release(PAUSED, queue)
+        else:
+            self._intake.release(PAUSED, _queue_name(name))
+
+
+def _queue_name(name: str) -> str:
+    return name.removeprefix("queue:")
+
+
+def _queue_for(config: Config, task: Task, name: str | None) -> Queue:
+    """The queue named, else the one whose default task it is, else the first that allows it."""
+    if name is not None:
+        queue = config.queues.get(_queue_name(name))
+        if queue is None:
+            known = ", ".join(config.queues)
+            raise RequestError(f"there is no queue {name!r}; the queues are {known}")
+        if task.name not in queue.tasks:
+            raise RequestError(f"queue {queue.name} does not allow task {task.name}")
+        return queue
+    for queue in config.queues.values():
+        if queue.task == task.name:
+            return queue
+    return next(queue for queue in config.queues.values() if task.name in queue.tasks)
+
+
+def _answer(then: Callable[[Any], None]) -> Callable[[Any], None]:
+    """`then`, told in a sentence when the store was away."""
+
+    def on_answer(answer: Any) -> None:
+        if isinstance(answer, StoreAway):
+            then(RequestError(f"the store is away: {answer}"))
+        else:
+            then(answer)
+
+    return on_answer

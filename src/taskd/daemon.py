@@ -1,0 +1,457 @@
+"""The daemon: owns everything below it, and its life from the first signal mask to exit 0.
+
+    starting -> running -> draining -> stopped
+                             |  patience over, or a second signal
+                             v
+                          stopping -> stopped
+"""
+
+import logging
+import os
+import signal
+import socket
+import sys
+import uuid
+from pathlib import Path
+from typing import Any
+
+from taskd import journal
+from taskd.children.child import Children
+from taskd.children.guardian import Guardian
+from taskd.config import reader
+from taskd.config.diff import Diff, diff
+from taskd.config.schema import Config
+from taskd.config.values import format_span
+from taskd.control import commands, server
+from taskd.control.desk import Desk
+from taskd.errors import ConfigError, StoreAway
+from taskd.journal import MessageId
+from taskd.kernel.loop import Loop, Timer
+from taskd.kernel.process import become_subreaper
+from taskd.kernel.signals import SignalFd
+from taskd.service import Service
+from taskd.states import DAEMON_MOVES, DaemonState, StoreState, move
+from taskd.store import statements
+from taskd.store.recorder import Recorder
+from taskd.store.retention import Retention
+from taskd.work.events import Events
+from taskd.work.intake import Intake
+from taskd.work.pool import Pool
+from taskd.work.rows import Rows
+
+log = logging.getLogger(__name__)
+
+SIGNALS = (
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGHUP,
+    signal.SIGCHLD,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+)
+# While we drain, systemd is asked this often for this much more time.
+EXTEND_EVERY = 10.0
+EXTEND_BY = 30.0
+# After the last child was told to stop: how long its record and its settlement may take.
+LAST_PATIENCE = 15.0
+# How long no job starts after the machine had no process or memory for one.
+SPAWN_REST = 2.0
+
+STORE = "store away"
+DRAIN = "draining"
+NO_SPAWN = "nothing can be started"
+
+
+class Daemon:
+    def __init__(
+        self,
+        path: Path,
+        config: Config,
+        *,
+        service: Service,
+        sink: journal.Sink,
+        handler: journal.Handler,
+    ) -> None:
+        self.path = path
+        self.config = config
+        self.state = DaemonState.STARTING
+        self._service = service
+        self._sink = sink
+        self._handler = handler
+        self._set_level()
+        # Before any thread exists: threads inherit the mask, and a signal goes to any thread
+        # that does not block it.
+        self._signals = SignalFd(SIGNALS)
+        become_subreaper()
+        self.host = socket.gethostname()
+        self.loop = Loop()
+        self.loop.add_handler(self._signals.fd, self._on_signals, Loop.READ)
+        daemon_id = f"{self.host}-{uuid.uuid4().hex[:12]}"
+        self.recorder = Recorder(
+            self.loop, config.settings.store, daemon_id=daemon_id, on_state=self._on_store
+        )
+        # Under systemd the unit's cgroup ends what we leave behind.
+        guardian = None if service.under_systemd else Guardian()
+        notify_directory = config.settings.control.parent / "notify"
+        self.children = Children(
+            self.loop, sink, notify_directory=notify_directory, guardian=guardian
+        )
+        self.events = Events()
+        self.pool = Pool(
+            self.loop,
+            self.recorder,
+            self.children,
+            config,
+            rows=Rows(host=self.host, daemon_id=daemon_id),
+            events=self.events,
+            encode=sink.encode,
+        )
+        self.pool.on_settled = self._on_settled
+        self.pool.on_no_spawn = self._on_no_spawn
+        self.intake = Intake(
+            self.loop,
+            self.pool,
+            self.recorder,
+            config,
+            host=self.host,
+            on_change=self._tell,
+        )
+        self.intake.hold(STORE)
+        self.retention = Retention(self.loop, self.recorder, config.settings.keep_jobs)
+        self._server = server.Server(
+            self.loop,
+            self._listeners(),
+            commands.verbs(Desk(self)),
+            password=config.settings.control_password,
+        )
+        self._recovered = False
+        self._ready = False
+        self._telling = False
+        self._quitting: Timer | None = None
+        self._trouble = ""  # why the last reload was refused
+
+    def run(self) -> int:
+        """Work until stopped; the exit code."""
+        self.recorder.start()
+        self.intake.start()
+        self._beat()
+        try:
+            self.loop.start()
+        finally:
+            self._close()
+        return 0
+
+    def _listeners(self) -> list[socket.socket]:
+        inherited = self._service.inherited()
+        listeners = list(inherited.values()) or [server.listen(self.config.settings.control)]
+        if self.config.settings.control_tcp is not None:
+            listeners.append(server.listen_tcp(self.config.settings.control_tcp))
+        return listeners
+
+    # Events
+
+    def _on_signals(self, fd: int, events: int) -> None:
+        for number in self._signals.read():
+            match number:
+                case signal.SIGCHLD:
+                    self.children.reap()
+                case signal.SIGTERM | signal.SIGINT:
+                    log.info("%s received", signal.Signals(number).name)
+                    if self.state is DaemonState.RUNNING:
+                        self.shutdown()
+                    else:
+                        self._stop(kill=self.state is DaemonState.STOPPING)
+                case signal.SIGHUP:
+                    self._on_hangup()
+                case signal.SIGUSR1:
+                    self._snapshot()
+                case signal.SIGUSR2:
+                    self._toggle_debug()
+
+    def _on_hangup(self) -> None:
+        try:
+            self.reload()
+        except ConfigError:
+            pass  # said by `reload`, in the journal and in STATUS
+
+    def _on_store(self, state: StoreState, reason: str) -> None:
+        match state:
+            case StoreState.UP:
+                journal.event(log, logging.INFO, MessageId.STORE_BACK, b"", "store: up")
+                if self._recovered or not self.recorder.private:
+                    self._open_store()
+                else:
+                    self.recorder.ask(statements.recover, self._on_recovered)
+            case StoreState.AWAY:
+                journal.event(
+                    log,
+                    logging.WARNING,
+                    MessageId.STORE_AWAY,
+                    b"",
+                    "store: %s; queues paused, running jobs go on, retried until it is back",
+                    reason,
+                )
+                self.intake.hold(STORE)
+        self._announce()
+
+    def _on_recovered(self, count: int | StoreAway) -> None:
+        if isinstance(count, StoreAway):
+            return  # it is reported as away, and this comes again when it is back
+        self._recovered = True
+        if count:
+            log.warning("store: %d jobs were interrupted by the end of an earlier daemon", count)
+        self._open_store()
+
+    def _open_store(self) -> None:
+        self.intake.release(STORE)
+        self.retention.start()
+        self._tell()
+
+    def _announce(self) -> None:
+        """The first try at the store is made, whatever came of it: we are ready."""
+        if not self._ready:
+            self._ready = True
+            self._move(DaemonState.RUNNING)
+            self._service.ready()
+            log.info("ready: %d queues, %d tasks", len(self.config.queues), len(self.config.tasks))
+        self._tell()
+
+    def _on_no_spawn(self, reason: str) -> None:
+        if not self.intake.held(NO_SPAWN):
+            log.error("%s; nothing is started for %s", reason, format_span(SPAWN_REST))
+            self.intake.hold(NO_SPAWN)
+            self.loop.call_later(SPAWN_REST, lambda: self.intake.release(NO_SPAWN))
+
+    def _on_settled(self) -> None:
+        if self.intake.retired:
+            self.intake.sweep()
+        if self.state in (DaemonState.DRAINING, DaemonState.STOPPING):
+            self._finish()
+
+    # systemd
+
+    def _beat(self) -> None:
+        """The watchdog's beat: the loop turns, and the recorder is not stuck."""
+        interval = self._service.watchdog_interval
+        if interval is None:
+            return
+        if not self.recorder.stuck(self.loop.now()):
+            self._service.watchdog()
+        self.loop.call_later(interval, self._beat)
+
+    def _tell(self) -> None:
+        """Renew STATUS, once a pass however much has changed."""
+        if not self._telling:
+            self._telling = True
+            self.loop.call_before_wait(self._on_tell)
+
+    def _on_tell(self) -> None:
+        self._telling = False
+        self._service.status(self.status())
+
+    def status(self) -> str:
+        """One line: what runs, and what is down."""
+        parts = [f"{self.state}: {self.pool.running()} running"]
+        if self.recorder.state is StoreState.AWAY:
+            parts.append(f"store away: {self.recorder.status()['reason']}")
+        for queue in self.intake.states():
+            if queue["state"] not in ("up",):
+                parts.append(f"queue {queue['name']} {queue['state']}: {queue['reason']}")
+            elif not queue["consuming"]:
+                parts.append(f"queue {queue['name']} held: {', '.join(queue['held_by'])}")
+        if self._trouble:
+            parts.append(f"reload refused: {self._trouble}")
+        return "; ".join(parts)
+
+    # Reload
+
+    def reload(self, *, dry: bool = False) -> list[str]:
+        """Read everything again and apply the difference in one step; what changes, in words.
+
+        Raises ConfigError, with every problem, and then nothing has changed.
+        """
+        if not dry:
+            self._service.reloading()
+        try:
+            config = reader.read(self.path)
+        except ConfigError as error:
+            if not dry:
+                self._refuse(error)
+            raise
+        change = diff(self.config, config)
+        if not dry:
+            self._apply(config, change)
+        return change.lines()
+
+    def _refuse(self, error: ConfigError) -> None:
+        for problem in error.problems:
+            log.error("%s", problem)
+        journal.event(
+            log,
+            logging.ERROR,
+            MessageId.RELOAD_REFUSED,
+            b"",
+            "reload refused: %d problems, the old configuration runs on",
+            len(error.problems),
+        )
+        self._trouble = str(error.problems[0])
+        self._service.ready()
+        self._tell()
+
+    def _apply(self, config: Config, change: Diff) -> None:
+        self.config = config
+        self._trouble = ""
+        self._set_level()
+        self.retention.keep(config.settings.keep_jobs)
+        self.pool.configure(config)
+        self.intake.configure(config)
+        lines = change.lines()
+        journal.event(
+            log,
+            logging.INFO,
+            MessageId.RELOADED,
+            b"",
+            "reload: %s",
+            "; ".join(lines) if lines else "nothing changed",
+        )
+        self._service.ready()
+        self._tell()
+
+    def _set_level(self) -> None:
+        level = "debug" if self._service.debug_invocation else self.config.settings.log_level
+        self._handler.set_level(level)
+
+    def _toggle_debug(self) -> None:
+        if logging.getLogger().isEnabledFor(logging.DEBUG):
+            self._set_level()
+        else:
+            self._handler.set_level("debug")
+        log.info("log level is %s", logging.getLevelName(logging.getLogger().level))
+
+    def _snapshot(self) -> None:
+        log.info("snapshot: %s", self.status())
+        for queue in self.intake.states():
+            log.info("snapshot: queue %s", queue)
+        for job in self.pool.jobs.values():
+            pid = job.child.pid if job.child is not None else "none"
+            log.info(
+                "snapshot: job %s: %s, task %s, queue %s, attempt %d, pid %s",
+                job.id,
+                job.phase,
+                job.task.name,
+                job.queue,
+                job.attempt,
+                pid,
+            )
+        log.info("snapshot: store %s", self.recorder.status())
+
+    # The end
+
+    def drain(self) -> None:
+        """Take nothing new; what runs goes on, and so does the daemon."""
+        self.intake.hold(DRAIN)
+        log.info("drained by request: nothing new is taken until `taskctl resume --all`")
+
+    def undrain(self) -> None:
+        self.intake.release(DRAIN)
+
+    def shutdown(self) -> None:
+        """Drain, then end: running jobs may finish for as long as `drain_timeout` says."""
+        if self.state is not DaemonState.RUNNING:
+            return
+        self._move(DaemonState.DRAINING)
+        patience = self.config.settings.drain_timeout
+        journal.event(
+            log,
+            logging.INFO,
+            MessageId.DRAIN,
+            b"",
+            "drain: %d running jobs may finish within %s",
+            self.pool.running(),
+            format_span(patience),
+        )
+        self._service.stopping()
+        self.intake.hold("stopping")
+        self._extend()
+        self._quitting = self.loop.call_later(patience, self._stop)
+        self._finish()
+
+    def _stop(self, *, kill: bool = False) -> None:
+        """The patience is over: what runs is stopped, and goes back to its queue."""
+        if self.state in (DaemonState.RUNNING, DaemonState.DRAINING):
+            self._move(DaemonState.STOPPING)
+            longest = max((job.task.stop_timeout for job in self.pool.jobs.values()), default=0)
+            if self._quitting is not None:
+                self._quitting.cancel()
+            self._quitting = self.loop.call_later(longest + LAST_PATIENCE, self._give_up)
+            log.info("stop: %d running jobs are stopped and handed back", self.pool.running())
+        self.pool.interrupt(kill=kill)
+        self._finish()
+
+    def _give_up(self) -> None:
+        log.error(
+            "stop: %d jobs could not be recorded (store: %s); their messages come again",
+            len(self.pool.jobs),
+            self.recorder.status()["reason"] or "up",
+        )
+        self.loop.stop()
+
+    def _extend(self) -> None:
+        if self.state in (DaemonState.DRAINING, DaemonState.STOPPING):
+            self._service.extend_timeout(EXTEND_BY)
+            self.loop.call_later(EXTEND_EVERY, self._extend)
+
+    def _finish(self) -> None:
+        """End once every job is settled and every settlement has been confirmed."""
+        self._tell()
+        if self.pool.jobs:
+            return
+        if self.intake.drained():
+            self.loop.stop()
+        else:
+            # Confirms come from the broker; there is no one event for the last of them.
+            self.loop.call_later(0.02, self._finish)
+
+    def _close(self) -> None:
+        if self.state is not DaemonState.STOPPED:
+            self.state = DaemonState.STOPPED
+        self._server.close()
+        self.retention.close()
+        self.intake.close()
+        # One more pass, so that what was said to the brokers leaves.
+        self.loop.call_later(0, lambda: None)
+        self.loop.run_once()
+        self.recorder.close(patience=LAST_PATIENCE)
+        self.children.close()
+        log.info("stopped")
+        self._handler.flush()
+
+    def _move(self, state: DaemonState) -> None:
+        self.state = move(DAEMON_MOVES, self.state, state)
+
+    # For INFO
+
+    def info(self) -> dict[str, dict[str, Any]]:
+        """Sections of keys and values."""
+        from taskd import __version__
+
+        memory = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
+        return {
+            "Server": {
+                "taskd_version": __version__,
+                "python_version": sys.version.split()[0],
+                "process_id": os.getpid(),
+                "host": self.host,
+                "config_file": str(self.path),
+                "state": str(self.state),
+                "status": self.status(),
+            },
+            "Jobs": {
+                "running": self.pool.running(),
+                "in_hand": len(self.pool.jobs),
+                "attempts_ended": self.pool.ended,
+                "max_running": self.config.settings.max_running,
+            },
+            "Store": self.recorder.status(),
+            "Memory": {"used_memory_rss": int(memory) * os.sysconf("SC_PAGE_SIZE")},
+        }

@@ -1,0 +1,76 @@
+"""`taskd`: reads the configuration, and runs the daemon in the foreground."""
+
+import argparse
+import gc
+import logging
+import os
+import sys
+from pathlib import Path
+
+from taskd import __version__, journal
+from taskd.config import reader
+from taskd.errors import EX_CONFIG, ConfigError
+from taskd.service import Service, print_stacks_on_abort
+
+CONFIG = Path("/etc/taskd/taskd.conf")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit code: 0 after a stop, 78 if the configuration is broken."""
+    arguments = _parser().parse_args(argv)
+    path: Path = arguments.config
+    if arguments.check:
+        return check(path)
+    service = Service(os.environ)
+    sink = journal.open_sink(os.environ)
+    handler = journal.Handler(sink)
+    logging.getLogger().addHandler(handler)
+    try:
+        config = reader.read(path)
+    except ConfigError as error:
+        for problem in error.problems:
+            logging.getLogger("taskd").error("%s", problem)
+        service.status(f"the configuration is broken: {error.problems[0]}")
+        return EX_CONFIG
+    print_stacks_on_abort()
+    # Late, so that --check and a broken configuration answer at once.
+    from taskd.daemon import Daemon
+
+    daemon = Daemon(path, config, service=service, sink=sink, handler=handler)
+    # What is alive now stays alive: collections look at what jobs leave behind only.
+    gc.collect()
+    gc.freeze()
+    return daemon.run()
+
+
+def check(path: Path) -> int:
+    """Print every problem of the configuration at `path`."""
+    try:
+        config = reader.read(path)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return EX_CONFIG
+    print(f"{path}: good, {len(config.queues)} queues and {len(config.tasks)} tasks")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="taskd", description="Runs work for messages. Always in the foreground."
+    )
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        type=Path,
+        default=CONFIG,
+        help=f"the configuration (default {CONFIG}); conf.d/*.conf beside it follows",
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="print every error of the configuration and exit"
+    )
+    parser.add_argument("--version", action="version", version=f"taskd {__version__}")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

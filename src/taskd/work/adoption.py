@@ -1,0 +1,66 @@
+"""Jobs whose message has no id and whose delivery was lost, until the message comes again.
+
+Only a redelivered message is looked for, and only among jobs whose own delivery was lost: two
+equal messages are two jobs. Where several are equal each redelivery takes one, so they are
+matched by count.
+"""
+
+import hashlib
+from collections import OrderedDict, deque
+from collections.abc import Mapping
+from typing import Any
+
+from taskd.queues.delivery import Delivery
+from taskd.states import JobPhase
+from taskd.work.job import Job
+
+# A message that goes to another consumer never comes back here; the oldest are forgotten.
+KEPT = 10_000
+
+
+class Lost:
+    def __init__(self) -> None:
+        self._jobs: OrderedDict[bytes, deque[Job]] = OrderedDict()
+        self._count = 0
+
+    def add(self, job: Job) -> None:
+        """Remember a job that runs, or is being recorded, without a delivery."""
+        self._jobs.setdefault(_identity(job.delivery), deque()).append(job)
+        self._count += 1
+        while self._count > KEPT:
+            jobs = next(iter(self._jobs.values()))
+            jobs.popleft()
+            self._count -= 1
+            if not jobs:
+                self._jobs.popitem(last=False)
+
+    def claim(self, delivery: Delivery) -> Job | None:
+        """The job that a redelivered message without an id belongs to, if one waits for it."""
+        identity = _identity(delivery)
+        jobs = self._jobs.get(identity)
+        if not jobs:
+            return None
+        # One that still runs comes first: another of its kind must not be started beside it.
+        job = next((job for job in jobs if job.phase is not JobPhase.SETTLED), jobs[0])
+        jobs.remove(job)
+        self._count -= 1
+        if not jobs:
+            del self._jobs[identity]
+        return job
+
+
+def _identity(delivery: Delivery) -> bytes:
+    if delivery.correlation_id:
+        return b"correlation_id " + delivery.correlation_id.encode("utf-8", "replace")
+    return digest(delivery.exchange, delivery.routing_key, delivery.headers, delivery.body)
+
+
+def digest(exchange: str, routing_key: str, headers: Mapping[str, Any], body: bytes) -> bytes:
+    """What tells one message without an id from another: all of it that stays the same.
+
+    The broker adds and changes headers that begin with `x-` when it delivers again.
+    """
+    kept = sorted((key, repr(value)) for key, value in headers.items() if key[:2] != "x-")
+    seen = hashlib.sha256(repr((exchange, routing_key, kept)).encode("utf-8", "replace"))
+    seen.update(body)
+    return seen.digest()

@@ -1,0 +1,260 @@
+"""The intake: the queues that are consumed, and for each the reasons why it is not.
+
+A queue is consumed while nothing holds it. Holding it cancels its consumer and hands back what
+it delivered and nobody has started, so that other hosts get it.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from taskd.config.schema import Config, Queue
+from taskd.errors import RequestError
+from taskd.kernel.loop import Loop, Timer
+from taskd.queues.delivery import Delivery, Source
+from taskd.queues.embedded import EmbeddedQueue
+from taskd.queues.rabbitmq import Broker, RabbitQueue
+from taskd.store.recorder import Recorder
+from taskd.work.pool import Pool
+
+log = logging.getLogger(__name__)
+
+PREFETCH_MAX = 256
+# How long a queue may hold deliveries that find no slot before others get them.
+STARVED_AFTER = 5.0
+
+PAUSED = "paused"
+NO_SLOT = "no free slot"
+
+
+class Inlet:
+    """One queue section at work."""
+
+    def __init__(self, queue: Queue, prefetch: int, source: Source) -> None:
+        self.queue = queue
+        self.prefetch = prefetch
+        self.source = source
+        self.holds: set[str] = set()
+        self.starving: Timer | None = None
+
+
+class Intake:
+    """Owns the sources. All of it on the loop's thread."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        pool: Pool,
+        recorder: Recorder,
+        config: Config,
+        *,
+        host: str,
+        on_change: Callable[[], None],
+    ) -> None:
+        self._loop = loop
+        self._pool = pool
+        self._recorder = recorder
+        self._config = config
+        self._host = host
+        self._on_change = on_change
+        self._holds: set[str] = set()  # over all queues
+        self._inlets: dict[str, Inlet] = {}
+        self._brokers: dict[str, Broker] = {}
+        self._retired: list[Inlet] = []  # out of the configuration, jobs of theirs still run
+        pool.on_slot = self._on_slot
+        pool.on_wait = self._on_wait
+
+    def start(self) -> None:
+        for name in self._config.queues:
+            self._open(name, set())
+
+    # Holding
+
+    def hold(self, reason: str, name: str | None = None) -> None:
+        """Consume nothing, of one queue or of all, until `reason` is released."""
+        if name is None:
+            self._holds.add(reason)
+        for inlet in self._chosen(name):
+            inlet.holds.add(reason)
+            inlet.source.consume(False)
+            self._pool.hand_back(inlet.queue.name)
+        self._on_change()
+
+    def release(self, reason: str, name: str | None = None) -> None:
+        if name is None:
+            self._holds.discard(reason)
+        for inlet in self._chosen(name):
+            if reason in inlet.holds:
+                inlet.holds.discard(reason)
+                inlet.source.consume(not inlet.holds)
+        self._on_change()
+
+    def held(self, reason: str) -> bool:
+        return reason in self._holds
+
+    def _chosen(self, name: str | None) -> list[Inlet]:
+        if name is None:
+            return list(self._inlets.values())
+        if name not in self._inlets:
+            known = ", ".join(self._inlets)
+            raise RequestError(f"there is no queue {name!r}; the queues are {known}")
+        return [self._inlets[name]]
+
+    # Deliveries
+
+    def _on_delivery(self, delivery: Delivery) -> None:
+        inlet = self._inlets.get(delivery.queue)
+        if inlet is None or inlet.source is not delivery.source or inlet.holds:
+            delivery.source.back(delivery)  # it was under way when the consumer was cancelled
+        else:
+            self._pool.take(delivery)
+
+    def _on_wait(self, name: str) -> None:
+        inlet = self._inlets.get(name)
+        if inlet is not None and inlet.starving is None:
+            self._watch(inlet, STARVED_AFTER)
+
+    def _watch(self, inlet: Inlet, delay: float) -> None:
+        inlet.starving = self._loop.call_later(delay, lambda: self._on_starving(inlet))
+
+    def _on_starving(self, inlet: Inlet) -> None:
+        inlet.starving = None
+        name = inlet.queue.name
+        if not self._pool.waiting(name):
+            return
+        idle = self._loop.now() - self._pool.last_start.get(name, 0.0)
+        if idle < STARVED_AFTER:
+            self._watch(inlet, STARVED_AFTER - idle)
+        else:
+            self.hold(NO_SLOT, name)
+
+    def _on_slot(self) -> None:
+        for inlet in self._inlets.values():
+            if NO_SLOT in inlet.holds and any(map(self._pool.has_slot, inlet.queue.tasks)):
+                self.release(NO_SLOT, inlet.queue.name)
+
+    # Sources
+
+    def source(self, name: str) -> Source:
+        return self._chosen(name)[0].source
+
+    def configure(self, config: Config) -> None:
+        """Work by another configuration: only queues that changed are closed and opened."""
+        self._config = config
+        for name, inlet in list(self._inlets.items()):
+            queue = config.queues.get(name)
+            if (
+                queue is not None
+                and _wire(queue) == _wire(inlet.queue)
+                and self._prefetch(queue) == inlet.prefetch
+            ):
+                inlet.queue = queue
+                continue
+            del self._inlets[name]
+            self._retire(inlet)
+            if queue is not None:
+                self._open(name, inlet.holds & {PAUSED})
+        for name in config.queues:
+            if name not in self._inlets:
+                self._open(name, set())
+        self.sweep()
+
+    def sweep(self) -> None:
+        """Close retired queues whose last job was settled, and brokers that nobody uses."""
+        for inlet in list(self._retired):
+            working = any(job.delivery.source is inlet.source for job in self._pool.jobs.values())
+            if not working and inlet.source.drained():
+                inlet.source.close()
+                self._retired.remove(inlet)
+        used = {inlet.queue.url for inlet in [*self._inlets.values(), *self._retired]}
+        for url in self._brokers.keys() - used:
+            self._brokers.pop(url).close()
+
+    @property
+    def retired(self) -> bool:
+        return bool(self._retired)
+
+    def drained(self) -> bool:
+        """Whether every settlement has left and been confirmed."""
+        return all(inlet.source.drained() for inlet in [*self._inlets.values(), *self._retired])
+
+    def close(self) -> None:
+        for inlet in [*self._inlets.values(), *self._retired]:
+            if inlet.starving is not None:
+                inlet.starving.cancel()
+            inlet.source.close()
+        for broker in self._brokers.values():
+            broker.close()
+
+    def _open(self, name: str, holds: set[str]) -> None:
+        queue = self._config.queues[name]
+        prefetch = self._prefetch(queue)
+        inlet = Inlet(queue, prefetch, self._make(queue, prefetch))
+        inlet.holds = self._holds | holds
+        self._inlets[name] = inlet
+        inlet.source.start()
+        inlet.source.consume(not inlet.holds)
+
+    def _make(self, queue: Queue, prefetch: int) -> Source:
+        if queue.kind == "embedded":
+            return EmbeddedQueue(
+                queue,
+                self._recorder,
+                self._loop,
+                room=prefetch,
+                on_delivery=self._on_delivery,
+                on_lost=self._pool.forget_lost,
+            )
+        broker = self._brokers.get(queue.url)
+        if broker is None:
+            broker = Broker(queue, self._loop, name=f"taskd@{self._host}")
+            self._brokers[queue.url] = broker
+        return RabbitQueue(
+            queue,
+            broker,
+            self._loop,
+            prefetch=prefetch,
+            on_delivery=self._on_delivery,
+            on_lost=self._pool.forget_lost,
+            on_state=self._on_change,
+        )
+
+    def _prefetch(self, queue: Queue) -> int:
+        """As many as could run at once: nothing is taken from other hosts only to wait here."""
+        slots = sum(self._config.tasks[name].max_running for name in queue.tasks)
+        return min(slots, self._config.settings.max_running, PREFETCH_MAX)
+
+    def _retire(self, inlet: Inlet) -> None:
+        if inlet.starving is not None:
+            inlet.starving.cancel()
+        inlet.source.consume(False)
+        self._pool.hand_back(inlet.queue.name)
+        self._retired.append(inlet)
+
+    # For people
+
+    def states(self) -> list[dict[str, Any]]:
+        """Each queue, in the configuration's order."""
+        states = []
+        for name, inlet in self._inlets.items():
+            state = inlet.source.status()
+            jobs = [job for job in self._pool.jobs.values() if job.queue == name]
+            states.append(
+                {
+                    "name": name,
+                    "kind": inlet.queue.kind,
+                    "consuming": not inlet.holds,
+                    "held_by": sorted(inlet.holds),
+                    "prefetch": inlet.prefetch,
+                    "running": sum(job.child is not None for job in jobs),
+                    "waiting": self._pool.waiting(name),
+                    **state,
+                }
+            )
+        return states
+
+
+def _wire(queue: Queue) -> Queue:
+    """What a source is made of: the rest of the section is read by the pool, and may change."""
+    return replace(queue, task=None, tasks=(), body_max=0, duplicate_ids="settle")

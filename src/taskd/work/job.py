@@ -1,0 +1,122 @@
+"""A job: one message taken on, with the attempt that is being made for it.
+
+It keeps the task it was born with, whatever a reload brings, and its id over all its attempts.
+"""
+
+from dataclasses import dataclass
+
+from taskd.children.child import Child, Exit
+from taskd.config.schema import Task
+from taskd.config.values import format_span
+from taskd.errors import EX_TEMPFAIL
+from taskd.kernel.loop import Timer
+from taskd.queues.delivery import Delivery
+from taskd.states import AttemptState, JobPhase, JobState
+from taskd.work.message import Order
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How an attempt ended, and what that makes of the job."""
+
+    attempt: AttemptState
+    job: JobState
+    reason: str | None
+    delay: float = 0.0  # seconds until the next attempt, of a job that is `retrying`
+    counted: bool = False  # whether this uses up one of the task's `retries`
+
+
+class Job:
+    """Owned by the pool, and in its table from the delivery until it is settled."""
+
+    __slots__ = (
+        "argv",
+        "attempt",
+        "child",
+        "delivery",
+        "exit",
+        "fields",
+        "finished_at",
+        "id",
+        "known",
+        "named",
+        "outcome",
+        "phase",
+        "progress",
+        "queue",
+        "result",
+        "retries",
+        "started",
+        "started_at",
+        "status",
+        "submitted_at",
+        "task",
+        "timeout",
+        "twins",
+    )
+
+    def __init__(self, order: Order, delivery: Delivery, now: float) -> None:
+        self.id = order.id
+        self.named = order.named
+        self.task: Task = order.task
+        self.argv = order.argv
+        self.queue = delivery.queue
+        self.delivery = delivery
+        self.twins: list[Delivery] = []  # other live deliveries of this same job
+        self.phase = JobPhase.JUDGING
+        self.known = False  # whether the store has a row of it
+        self.attempt = 0  # the latest attempt, from 1; 0 before the first
+        self.retries = 0  # how many of the task's retries are used up
+        self.submitted_at = delivery.submitted_at or now  # Unix time
+        self.started_at = 0.0  # Unix time, of this attempt
+        self.finished_at = 0.0
+        self.started = 0.0  # the loop's clock
+        self.child: Child | None = None
+        self.timeout: Timer | None = None
+        self.exit: Exit | None = None
+        self.outcome: Outcome | None = None
+        self.progress: float | None = None
+        self.status: str | None = None
+        self.result: bytes | None = None
+        self.fields = b""  # the journal's, encoded once an attempt
+
+    def begin(self, started_at: float, started: float) -> None:
+        """Start the next attempt."""
+        self.attempt += 1
+        self.started_at = started_at
+        self.started = started
+        self.child = self.exit = self.outcome = None
+        self.progress = self.status = self.result = None
+
+    def judge(self, exit: Exit, jitter: float) -> Outcome:
+        """The outcome of an attempt whose child ended. `jitter` lies in 0 to 1."""
+        match exit.stopped:
+            case "interrupted":
+                return Outcome(AttemptState.INTERRUPTED, JobState.QUEUED, "interrupted by a stop")
+            case "cancelled":
+                return Outcome(AttemptState.CANCELLED, JobState.CANCELLED, "cancelled")
+            case "timeout":
+                assert self.task.timeout is not None
+                return self.fail(f"timeout after {format_span(self.task.timeout)}", jitter)
+        if exit.signal is not None:
+            return self.fail(f"signal {exit.signal}", jitter)
+        if exit.code == 0:
+            return Outcome(AttemptState.SUCCEEDED, JobState.SUCCEEDED, None)
+        if exit.code == EX_TEMPFAIL:
+            reason = f"exit {EX_TEMPFAIL}: try again"
+            return Outcome(AttemptState.FAILED, JobState.RETRYING, reason, self._delay(jitter))
+        return self.fail(f"exit {exit.code}", jitter)
+
+    def fail(self, reason: str, jitter: float) -> Outcome:
+        """A failed attempt: tried again while retries last, then failed for good."""
+        if self.retries < self.task.retries:
+            delay = self._delay(jitter)
+            return Outcome(AttemptState.FAILED, JobState.RETRYING, reason, delay, counted=True)
+        return Outcome(AttemptState.FAILED, JobState.FAILED, reason)
+
+    def _delay(self, jitter: float) -> float:
+        """Doubled with each attempt up to the task's maximum, then spread by up to a quarter."""
+        task = self.task
+        doublings = min(self.attempt - 1, 62)
+        return min(task.retry_delay * 2.0**doublings, task.retry_delay_max) * (1 + jitter / 4)
+

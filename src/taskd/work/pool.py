@@ -1,0 +1,496 @@
+"""The pool: what happens to a delivery, from the queue to its settlement.
+
+    delivery -> read -> judged by the store, if it may know the id -> waits for a slot
+    -> attempt row -> child -> outcome row -> durable -> settled
+
+Record, then settle, once: nothing is answered to a queue before the recorder has called back.
+A message that comes again while its job is in the pool is given to that job (adopted), never
+run beside it.
+"""
+
+import logging
+import random
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from taskd import journal
+from taskd.children.child import Child, Children, Exit, Launch
+from taskd.children.notify import Notice
+from taskd.config.schema import Config
+from taskd.config.values import format_span
+from taskd.errors import Rejected, RequestError, SpawnError, StoreAway
+from taskd.journal import MessageId
+from taskd.kernel.loop import Loop, Timer
+from taskd.queues.delivery import Delivery
+from taskd.states import PHASE_MOVES, AttemptState, JobPhase, JobState, move
+from taskd.store import statements
+from taskd.store.recorder import Recorder
+from taskd.work import message
+from taskd.work.adoption import Lost
+from taskd.work.events import Events
+from taskd.work.job import Job, Outcome
+from taskd.work.rows import Rows
+from taskd.work.verdict import Verdict, verdict
+
+log = logging.getLogger(__name__)
+
+# A child may say how far it is as often as it likes; it is stored and told this often.
+FOLD = 0.5
+
+
+class Pool:
+    """Every job in the daemon's hands. All of it on the loop's thread."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        recorder: Recorder,
+        children: Children,
+        config: Config,
+        *,
+        rows: Rows,
+        events: Events,
+        encode: Callable[[Mapping[str, str]], bytes],
+    ) -> None:
+        self.jobs: dict[str, Job] = {}
+        self.events = events
+        self.on_slot: Callable[[], None] = lambda: None  # a slot became free
+        self.on_wait: Callable[[str], None] = lambda queue: None  # a queue's job found no slot
+        self.on_settled: Callable[[], None] = lambda: None
+        self.on_no_spawn: Callable[[str], None] = lambda reason: None
+        self.ended = 0  # attempts, since the daemon started
+        self._loop = loop
+        self._recorder = recorder
+        self._children = children
+        self._config = config
+        self._rows = rows
+        self._encode = encode
+        self._waiting: dict[str, deque[Job]] = {}
+        self._running: dict[str, int] = {}
+        self._slots_taken = 0
+        self._asked: list[Job] = []
+        self._lost = Lost()
+        self._told: dict[str, Job] = {}  # spoke since the last fold
+        self._fold: Timer | None = None
+        self.last_start: dict[str, float] = {}  # of each queue's jobs, by the loop's clock
+
+    # Numbers
+
+    def running(self, task: str | None = None) -> int:
+        """How many slots are taken: of one task, or over all."""
+        return self._slots_taken if task is None else self._running.get(task, 0)
+
+    def waiting(self, queue: str) -> int:
+        return sum(job.queue == queue for jobs in self._waiting.values() for job in jobs)
+
+    def has_slot(self, task: str) -> bool:
+        config = self._config
+        return (
+            self._slots_taken < config.settings.max_running
+            and self._running.get(task, 0) < config.tasks[task].max_running
+        )
+
+    # Deliveries
+
+    def take(self, delivery: Delivery) -> None:
+        """A message came: adopt it, judge it, or let it wait for a slot."""
+        queue = self._config.queues[delivery.queue]
+        try:
+            order = message.read(delivery, queue, self._config.tasks)
+        except Rejected as reason:
+            self._reject(delivery, str(reason))
+            return
+        job = None
+        if order.named:
+            job = self.jobs.get(order.id)
+        elif delivery.redelivered:
+            job = self._lost.claim(delivery)
+        if job is not None:
+            self._adopt(job, delivery)
+            return
+        job = self.jobs[order.id] = Job(order, delivery, time.time())
+        if delivery.row is not None:
+            self._judge(job, delivery.row)
+        elif order.named:
+            if not self._asked:
+                self._loop.call_before_wait(self._ask)
+            self._asked.append(job)
+        else:
+            self._wait(job)
+
+    def forget_lost(self, queue: str) -> None:
+        """Deliveries of `queue` were lost: what has not started will come again by itself."""
+        for job in [job for job in self.jobs.values() if job.queue == queue and job.delivery.lost]:
+            if job.phase in (JobPhase.JUDGING, JobPhase.WAITING):
+                self._drop(job)
+            elif not job.named:
+                self._lost.add(job)
+
+    def hand_back(self, queue: str) -> None:
+        """What `queue` delivered and has not started goes back to it."""
+        for job in [job for job in self.jobs.values() if job.queue == queue]:
+            if job.phase in (JobPhase.JUDGING, JobPhase.WAITING):
+                self._drop(job)
+                job.delivery.source.back(job.delivery)
+                for twin in job.twins:
+                    twin.source.back(twin)
+
+    def _adopt(self, job: Job, delivery: Delivery) -> None:
+        if not job.delivery.lost and job.phase is not JobPhase.SETTLED:
+            # Two live deliveries of one job: both are settled with its outcome.
+            job.twins.append(delivery)
+            return
+        job.delivery = delivery
+        log.info("job %s: its message came again, adopted", job.id)
+        if job.phase is JobPhase.SETTLED:
+            self._answer(job)
+
+    def _ask(self) -> None:
+        asked, self._asked = self._asked, []
+        ids = [job.id for job in asked]
+        self._recorder.ask(partial(statements.find, ids=ids), partial(self._on_found, asked))
+
+    def _on_found(self, asked: list[Job], found: Mapping[str, Any] | StoreAway) -> None:
+        for job in asked:
+            if job.phase is not JobPhase.JUDGING:
+                continue
+            if isinstance(found, StoreAway):
+                self._drop(job)
+                job.delivery.source.back(job.delivery)
+            elif (row := found.get(job.id)) is None:
+                # Nobody recorded its earlier attempts here, but the message tells of them.
+                job.attempt = job.retries = job.delivery.attempt
+                self._wait(job)
+            else:
+                self._judge(job, row)
+
+    def _judge(self, job: Job, row: Mapping[str, Any]) -> None:
+        self._rows.recall(job, row)
+        delivery = job.delivery
+        again = self._config.queues[job.queue].duplicate_ids == "run"
+        match verdict(delivery, row, duplicates_run=again):
+            case Verdict.RUN:
+                if JobState(row["state"]) not in (JobState.QUEUED, JobState.RETRYING):
+                    job.retries = 0  # a new message with a used id starts afresh
+                self._wait(job)
+                return
+            case Verdict.DEAD:
+                reason = row["reason"] or "failed"
+                delivery.source.dead(delivery, id=job.id, attempt=job.attempt, reason=reason)
+            case Verdict.RETRY:
+                delay = self._rows.time_left(row)
+                delivery.source.retry(delivery, id=job.id, attempt=job.attempt, delay=delay)
+            case Verdict.DONE:
+                delivery.source.done(delivery)
+            case Verdict.DUPLICATE:
+                log.warning(
+                    "job %s: a new message reuses the id of a job that is %s, not run again",
+                    job.id,
+                    row["state"],
+                )
+                delivery.source.done(delivery)
+        for twin in job.twins:
+            twin.source.done(twin)
+        self._drop(job)
+
+    def _reject(self, delivery: Delivery, reason: str) -> None:
+        """Record a message that cannot be a job, then dead-letter it."""
+        id, named = message.identify(delivery)
+        if not named or delivery.row is not None:
+            self._record_rejection(delivery, id, reason)
+        elif id in self.jobs:
+            self._record_rejection(delivery, message.new_id(), reason)
+        else:
+            self._recorder.ask(
+                partial(statements.find, ids=[id]),
+                partial(self._on_found_rejected, delivery, id, reason),
+            )
+
+    def _on_found_rejected(
+        self, delivery: Delivery, id: str, reason: str, found: Mapping[str, Any] | StoreAway
+    ) -> None:
+        if isinstance(found, StoreAway):
+            delivery.source.back(delivery)
+            return
+        row = found.get(id)
+        # A broken message must not overwrite the record of a job whose id it carries.
+        if row is not None and row["state"] != JobState.REJECTED:
+            id = message.new_id()
+        self._record_rejection(delivery, id, reason)
+
+    def _record_rejection(self, delivery: Delivery, id: str, reason: str) -> None:
+        task = message.task_named(delivery)
+        journal.event(
+            log,
+            logging.WARNING,
+            MessageId.JOB_REJECTED,
+            self._encode({"TASKD_JOB_ID": id, "TASKD_QUEUE": delivery.queue}),
+            "job %s: rejected: %s",
+            id,
+            reason,
+        )
+        if self.events:
+            self.events.publish(self._rows.rejection_event(delivery, id, task, reason))
+        self._recorder.write(
+            self._rows.rejected(delivery, id, task, reason),
+            partial(self._on_rejection_recorded, delivery, id, reason),
+        )
+
+    def _on_rejection_recorded(self, delivery: Delivery, id: str, reason: str) -> None:
+        delivery.source.dead(delivery, id=id, attempt=delivery.attempt, reason=reason)
+
+    # Slots
+
+    def _wait(self, job: Job) -> None:
+        self._move(job, JobPhase.WAITING)
+        name = job.task.name
+        queue = self._waiting.get(name)
+        if queue is None:
+            queue = self._waiting[name] = deque()
+        queue.append(job)
+        self._fill(name)
+        if queue:
+            self.on_wait(job.queue)
+
+    def _fill(self, name: str) -> None:
+        """Start what waits for a task, as far as there are slots."""
+        waiting = self._waiting.get(name)
+        while waiting and self.has_slot(name):
+            job = waiting.popleft()
+            if job.phase is JobPhase.WAITING:
+                self._start(job)
+
+    def _free(self, name: str) -> None:
+        self._running[name] -= 1
+        self._slots_taken -= 1
+        self._fill(name)
+        # A slot of the daemon's own limit may be what another task waits for.
+        if len(self._waiting) > 1:
+            for other in list(self._waiting):
+                self._fill(other)
+        self.on_slot()
+
+    # One attempt
+
+    def _start(self, job: Job) -> None:
+        name = job.task.name
+        self._running[name] = self._running.get(name, 0) + 1
+        self._slots_taken += 1
+        self._move(job, JobPhase.STARTING)
+        now = self.last_start[job.queue] = self._loop.now()
+        job.begin(time.time(), now)
+        if self._recorder.private and not job.delivery.redelivered:
+            # Nobody else can claim it, so the row may become durable while the child runs, and
+            # a short attempt's start and end be one write.
+            self._spawn(job)
+        else:
+            self._recorder.write(self._rows.started(job), partial(self._on_start_recorded, job))
+
+    def _on_start_recorded(self, job: Job) -> None:
+        if job.phase is JobPhase.STARTING:
+            self._spawn(job)
+
+    def _spawn(self, job: Job) -> None:
+        task = job.task
+        fields = {
+            "TASKD_JOB_ID": job.id,
+            "TASKD_TASK": task.name,
+            "TASKD_QUEUE": job.queue,
+            "TASKD_ATTEMPT": str(job.attempt),
+        }
+        job.fields = self._encode(fields)
+        launch = Launch(
+            argv=job.argv,
+            environment={**task.environment_base, **fields},
+            directory=task.directory,
+            payload=job.delivery.body,
+            fields=fields,
+            stop_timeout=task.stop_timeout,
+        )
+        try:
+            child = self._children.start(
+                launch,
+                on_end=partial(self._on_end, job),
+                on_notify=partial(self._on_notify, job),
+            )
+        except SpawnError as error:
+            if error.passing:
+                reason = f"could not be started: {error}"
+                self._conclude(job, Outcome(AttemptState.INTERRUPTED, JobState.QUEUED, reason))
+                self.on_no_spawn(str(error))
+            else:
+                self._conclude(job, job.fail(str(error), random.random()))
+            return
+        job.child = child
+        if task.timeout is not None:
+            job.timeout = self._loop.call_later(task.timeout, partial(child.stop, "timeout"))
+        self._move(job, JobPhase.RUNNING)
+        # After a reconnect or a crash the row is written already; the pid is new.
+        self._recorder.write(self._rows.started(job))
+        journal.event(
+            log,
+            logging.INFO,
+            MessageId.JOB_STARTED,
+            job.fields,
+            "job %s: %s started, pid %d",
+            job.id,
+            task.name,
+            child.pid,
+        )
+        if self.events:
+            self.events.publish(self._rows.event(job, JobState.RUNNING))
+
+    def _on_notify(self, job: Job, notice: Notice) -> None:
+        if notice.progress is not None:
+            job.progress = notice.progress
+        if notice.status is not None:
+            job.status = notice.status
+        if notice.result is not None:
+            job.result = notice.result
+        self._told[job.id] = job
+        if self._fold is None:
+            self._on_fold()
+
+    def _on_fold(self) -> None:
+        """Store and tell what children said of themselves; again in a while if they go on."""
+        told, self._told = self._told, {}
+        for job in told.values():
+            if job.phase is JobPhase.RUNNING:
+                self._recorder.write(self._rows.spoke(job))
+                if self.events:
+                    self.events.publish(self._rows.progress_event(job))
+        self._fold = self._loop.call_later(FOLD, self._on_fold) if told else None
+
+    def _on_end(self, job: Job, exit: Exit) -> None:
+        if job.timeout is not None:
+            job.timeout.cancel()
+        job.exit = exit
+        self._conclude(job, job.judge(exit, random.random()))
+
+    def _conclude(self, job: Job, outcome: Outcome) -> None:
+        """The attempt is over: record its outcome, then settle."""
+        job.outcome = outcome
+        job.finished_at = time.time()
+        if outcome.counted:
+            job.retries += 1
+        self.ended += 1
+        self._move(job, JobPhase.RECORDING)
+        self._recorder.write(self._rows.ended(job), partial(self._on_recorded, job))
+        self._say(job, outcome)
+        if self.events:
+            self.events.publish(self._rows.event(job, outcome.job))
+        self._free(job.task.name)
+
+    def _say(self, job: Job, outcome: Outcome) -> None:
+        took = format_span(round(self._loop.now() - job.started, 3))
+        fields = job.fields or self._encode({"TASKD_JOB_ID": job.id, "TASKD_TASK": job.task.name})
+        id, level, then = MessageId.JOB_FAILED, logging.WARNING, ""
+        match outcome.job:
+            case JobState.SUCCEEDED:
+                id, level = MessageId.JOB_SUCCEEDED, logging.INFO
+            case JobState.CANCELLED:
+                id, level = MessageId.JOB_CANCELLED, logging.INFO
+            case JobState.RETRYING:
+                id = MessageId.JOB_RETRY
+                count = f" {job.retries} of {job.task.retries}" if outcome.counted else ""
+                then = f", retry{count} in {format_span(round(outcome.delay, 1))}"
+            case JobState.QUEUED:
+                id, then = MessageId.JOB_INTERRUPTED, ", back to its queue"
+            case JobState.FAILED:
+                then = ", to the dead letters"
+        what = outcome.reason or outcome.job
+        journal.event(
+            log, level, id, fields, "job %s: %s after %s%s", job.id, what, took, then
+        )
+
+    # Settlement
+
+    def _on_recorded(self, job: Job) -> None:
+        self._move(job, JobPhase.SETTLED)
+        del self.jobs[job.id]
+        self._answer(job)
+        self.on_settled()
+
+    def _answer(self, job: Job) -> None:
+        """Settle the job's deliveries by its recorded outcome. Lost ones are no-ops."""
+        delivery, outcome = job.delivery, job.outcome
+        assert outcome is not None
+        source = delivery.source
+        match outcome.job:
+            case JobState.RETRYING:
+                source.retry(delivery, id=job.id, attempt=job.attempt, delay=outcome.delay)
+            case JobState.QUEUED:
+                source.back(delivery)
+            case JobState.FAILED:
+                reason = outcome.reason or "failed"
+                source.dead(delivery, id=job.id, attempt=job.attempt, reason=reason)
+            case _:
+                source.done(delivery)
+        if delivery.reply_to and outcome.job not in (JobState.RETRYING, JobState.QUEUED):
+            source.reply(delivery, self._rows.reply(job))
+        for twin in job.twins:
+            twin.source.done(twin)
+
+    def _drop(self, job: Job) -> None:
+        """Forget a job that has not started, whose message is answered otherwise."""
+        self._move(job, JobPhase.SETTLED)
+        if self.jobs.get(job.id) is job:
+            del self.jobs[job.id]
+        self.on_settled()
+
+    def _move(self, job: Job, phase: JobPhase) -> None:
+        job.phase = move(PHASE_MOVES, job.phase, phase)
+
+    # What people and the daemon's life ask for
+
+    def cancel(self, job: Job) -> str:
+        """End a job of the pool for good; says how far that is."""
+        if job.phase in (JobPhase.JUDGING, JobPhase.WAITING, JobPhase.STARTING):
+            starting = job.phase is JobPhase.STARTING
+            outcome = Outcome(AttemptState.CANCELLED, JobState.CANCELLED, "cancelled")
+            if starting:
+                self._conclude(job, outcome)
+            else:
+                job.outcome = outcome
+                job.finished_at = time.time()
+                self._move(job, JobPhase.RECORDING)
+                self._recorder.write(self._rows.cancelled(job), partial(self._on_recorded, job))
+            return "cancelled"
+        if job.phase is JobPhase.RUNNING and job.child is not None:
+            job.child.stop("cancelled")
+            return "cancelling"
+        raise RequestError(f"job {job.id} has just ended")
+
+    def child(self, id: str) -> Child | None:
+        job = self.jobs.get(id)
+        return job.child if job is not None else None
+
+    def interrupt(self, *, kill: bool) -> None:
+        """Stop every running job; each goes back to its queue."""
+        for job in list(self.jobs.values()):
+            if job.phase is JobPhase.STARTING:
+                reason = "interrupted by a stop"
+                self._conclude(job, Outcome(AttemptState.INTERRUPTED, JobState.QUEUED, reason))
+            elif job.phase is JobPhase.RUNNING and job.child is not None:
+                if kill:
+                    job.child.kill("interrupted")
+                else:
+                    job.child.stop("interrupted")
+
+    def configure(self, config: Config) -> None:
+        """Work by another configuration from now on; running jobs keep their task."""
+        self._config = config
+        waiting, self._waiting = self._waiting, {}
+        for jobs in waiting.values():
+            for job in jobs:
+                if job.phase is JobPhase.WAITING:
+                    self._drop(job)
+                    if job.queue in config.queues:
+                        self.take(job.delivery)
+                    else:
+                        job.delivery.source.back(job.delivery)
+        for name in [*self._waiting]:
+            self._fill(name)

@@ -1,0 +1,38 @@
+"""What the store knows of a message's job, and what that means for the message.
+
+The attempt that a message says it comes after tells an old message from its own retry: the
+retry of attempt n says n, the message that attempt n was made for says less.
+"""
+
+from collections.abc import Mapping
+from enum import Enum, auto
+from typing import Any
+
+from taskd.queues.delivery import Delivery
+from taskd.states import FINAL, JobState
+
+
+class Verdict(Enum):
+    RUN = auto()
+    DONE = auto()  # its outcome is recorded and it was delivered before: acknowledge it
+    DUPLICATE = auto()  # a new message with the id of a job that has been: acknowledge it
+    DEAD = auto()  # recorded as dead: to the dead letters, once more perhaps
+    RETRY = auto()  # recorded as waiting for a retry whose message may never have been sent
+
+
+def verdict(delivery: Delivery, row: Mapping[str, Any], *, duplicates_run: bool) -> Verdict:
+    """What to do with a message whose id the store knows as `row`, and no job here runs."""
+    state = JobState(row["state"])
+    if delivery.row is not None:  # the queue is the store itself
+        return Verdict.RUN
+    if state in FINAL:
+        if delivery.attempt:
+            # Its attempt is over, or it is a second copy of a retry that has been made.
+            return Verdict.DONE
+        if not delivery.redelivered:
+            return Verdict.RUN if duplicates_run else Verdict.DUPLICATE
+        return Verdict.DEAD if row["dead"] else Verdict.DONE
+    if state is JobState.RETRYING and delivery.attempt < row["attempt"]:
+        # Recorded, but maybe not published before the daemon or the connection went.
+        return Verdict.RETRY if delivery.redelivered else Verdict.DUPLICATE
+    return Verdict.RUN
