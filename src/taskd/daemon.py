@@ -213,7 +213,15 @@ class Daemon:
             self._ready = True
             self._move(DaemonState.RUNNING)
             self._service.ready()
-            log.info("ready: %d queues, %d tasks", len(self.config.queues), len(self.config.tasks))
+            journal.event(
+                log,
+                logging.INFO,
+                MessageId.STARTED,
+                b"",
+                "ready: %d queues, %d tasks",
+                len(self.config.queues),
+                len(self.config.tasks),
+            )
         self._tell()
 
     def _on_no_spawn(self, reason: str) -> None:
@@ -289,7 +297,7 @@ class Daemon:
         journal.event(
             log,
             logging.ERROR,
-            MessageId.RELOAD_REFUSED,
+            MessageId.CONFIG_REFUSED,
             b"",
             "reload refused: %d problems, the old configuration runs on",
             len(error.problems),
@@ -319,14 +327,14 @@ class Daemon:
 
     def _set_level(self) -> None:
         level = "debug" if self._service.debug_invocation else self.config.settings.log_level
-        self._handler.set_level(level)
+        journal.set_level(level)
 
     def _toggle_debug(self) -> None:
-        if logging.getLogger().isEnabledFor(logging.DEBUG):
+        if log.isEnabledFor(logging.DEBUG):
             self._set_level()
         else:
-            self._handler.set_level("debug")
-        log.info("log level is %s", logging.getLevelName(logging.getLogger().level))
+            journal.set_level("debug")
+        log.warning("log level is %s", logging.getLevelName(log.getEffectiveLevel()).lower())
 
     def _snapshot(self) -> None:
         log.info("snapshot: %s", self.status())
@@ -364,7 +372,7 @@ class Daemon:
         journal.event(
             log,
             logging.INFO,
-            MessageId.DRAIN,
+            MessageId.DRAINING,
             b"",
             "drain: %d running jobs may finish within %s",
             self.pool.running(),
@@ -423,7 +431,7 @@ class Daemon:
         self.loop.run_once()
         self.recorder.close(patience=LAST_PATIENCE)
         self.children.close()
-        log.info("stopped")
+        journal.event(log, logging.INFO, MessageId.STOPPED, b"", "stopped")
         self._handler.flush()
 
     def _move(self, state: DaemonState) -> None:

@@ -23,8 +23,7 @@ def main(argv: list[str] | None = None) -> int:
         return check(path)
     service = Service(os.environ)
     sink = journal.open_sink(os.environ)
-    handler = journal.Handler(sink)
-    logging.getLogger().addHandler(handler)
+    handler = journal.install(sink)
     try:
         config = reader.read(path)
     except ConfigError as error:

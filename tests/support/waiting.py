@@ -1,0 +1,19 @@
+"""Waiting for a condition, with a limit: no test sleeps for a fixed time."""
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+PAUSE = 0.01
+
+
+def wait_until(condition: Callable[[], T], limit: float = 30.0) -> T:
+    """The first true value of `condition`; fails the test after `limit` seconds."""
+    deadline = time.monotonic() + limit
+    while not (value := condition()):
+        if time.monotonic() > deadline:
+            raise AssertionError(f"waited {limit} s in vain, the last value was {value!r}")
+        time.sleep(PAUSE)
+    return value
