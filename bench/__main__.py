@@ -17,7 +17,7 @@ from datetime import datetime
 from pathlib import Path
 
 import pika
-from tests.support.rabbitmq import RabbitServer
+from tests.support.rabbitmq import running_server
 from tests.support.waiting import wait_until
 
 PREFETCH = 32
@@ -109,14 +109,14 @@ def main() -> None:
     arguments = parser.parse_args()
     count = arguments.count
     print(f"{os.cpu_count()} cores, {arguments.rounds} rounds of {count}, prefetch {PREFETCH}")
-    with RabbitServer() as server:
+    with running_server() as server:
         for named, title in ((False, "without message ids"), (True, "with message ids")):
             ratios = []
             for _ in range(arguments.rounds):
-                fill(server.url, count, named=named)
-                base = bare(server.url, count)
-                fill(server.url, count, named=named)
-                rate, memory = taskd(server.url, count)
+                fill(server.url(), count, named=named)
+                base = bare(server.url(), count)
+                fill(server.url(), count, named=named)
+                rate, memory = taskd(server.url(), count)
                 ratios.append(rate / base)
                 print(
                     f"bare {base:7.0f}/s   taskd {rate:7.0f}/s   ratio {rate / base:.2f}   "
