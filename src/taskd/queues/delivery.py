@@ -81,6 +81,9 @@ class Source(Protocol):
     def submit(self, message: Message, then: Callable[[str | None], None]) -> None:
         """Put a message on this queue; `then(None)` once it is safe there, else the reason."""
 
+    def resubmit(self, message: Message, then: Callable[[str | None], None]) -> None:
+        """As `submit`, for a job whose row already says that it is queued again."""
+
     def status(self) -> dict[str, Any]:
         """For QUEUES and STATUS: at least `state` (states.LinkState) and `reason`."""
 

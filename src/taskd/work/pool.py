@@ -11,14 +11,15 @@ run beside it.
 import logging
 import random
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 from taskd import journal
-from taskd.children.child import Child, Children, Exit, Launch
+from taskd.children.child import Children, Exit, Launch
 from taskd.children.notify import Notice
+from taskd.children.output import Output
 from taskd.config.schema import Config
 from taskd.config.values import format_span
 from taskd.errors import Rejected, RequestError, SpawnError, StoreAway
@@ -27,7 +28,7 @@ from taskd.kernel.loop import Loop, Timer
 from taskd.queues.delivery import Delivery
 from taskd.states import PHASE_MOVES, AttemptState, JobPhase, JobState, move
 from taskd.store import statements
-from taskd.store.recorder import Recorder
+from taskd.store.recorder import Recorder, Write
 from taskd.work import message
 from taskd.work.adoption import Lost
 from taskd.work.events import Events
@@ -37,6 +38,8 @@ from taskd.work.verdict import Verdict, verdict
 
 log = logging.getLogger(__name__)
 
+# Those who follow a job read its end after it ended. Each holds the task's kept output at most.
+OUTPUTS_KEPT = 64
 # A child may say how far it is as often as it likes; it is stored and told this often.
 FOLD = 0.5
 
@@ -73,6 +76,7 @@ class Pool:
         self._slots_taken = 0
         self._asked: list[Job] = []
         self._lost = Lost()
+        self._outputs: OrderedDict[str, Output] = OrderedDict()  # of running and recent jobs
         self._told: dict[str, Job] = {}  # spoke since the last fold
         self._fold: Timer | None = None
         self.last_start: dict[str, float] = {}  # of each queue's jobs, by the loop's clock
@@ -287,7 +291,7 @@ class Pool:
             # a short attempt's start and end be one write.
             self._spawn(job)
         else:
-            self._recorder.write(self._rows.started(job), partial(self._on_start_recorded, job))
+            self._write(job, self._rows.started(job), self._on_start_recorded)
 
     def _on_start_recorded(self, job: Job) -> None:
         if job.phase is JobPhase.STARTING:
@@ -325,11 +329,12 @@ class Pool:
                 self._conclude(job, job.fail(str(error), random.random()))
             return
         job.child = child
+        self._keep_output(job.id, child.output)
         if task.timeout is not None:
             job.timeout = self._loop.call_later(task.timeout, partial(child.stop, "timeout"))
         self._move(job, JobPhase.RUNNING)
         # After a reconnect or a crash the row is written already; the pid is new.
-        self._recorder.write(self._rows.started(job))
+        self._write(job, self._rows.started(job))
         journal.event(
             log,
             logging.INFO,
@@ -342,6 +347,12 @@ class Pool:
         )
         if self.events:
             self.events.publish(self._rows.event(job, JobState.RUNNING))
+
+    def _keep_output(self, id: str, output: Output) -> None:
+        self._outputs[id] = output
+        self._outputs.move_to_end(id)
+        while len(self._outputs) > OUTPUTS_KEPT + len(self.jobs):
+            self._outputs.popitem(last=False)
 
     def _on_notify(self, job: Job, notice: Notice) -> None:
         if notice.progress is not None:
@@ -378,7 +389,7 @@ class Pool:
             job.retries += 1
         self.ended += 1
         self._move(job, JobPhase.RECORDING)
-        self._recorder.write(self._rows.ended(job), partial(self._on_recorded, job))
+        self._write(job, self._rows.ended(job), self._on_recorded)
         self._say(job, outcome)
         if self.events:
             self.events.publish(self._rows.event(job, outcome.job))
@@ -441,6 +452,10 @@ class Pool:
             del self.jobs[job.id]
         self.on_settled()
 
+    def _write(self, job: Job, write: Write, then: Callable[[Job], None] | None = None) -> None:
+        self._recorder.write(write, partial(then, job) if then is not None else None)
+        job.known = True
+
     def _move(self, job: Job, phase: JobPhase) -> None:
         job.phase = move(PHASE_MOVES, job.phase, phase)
 
@@ -457,16 +472,17 @@ class Pool:
                 job.outcome = outcome
                 job.finished_at = time.time()
                 self._move(job, JobPhase.RECORDING)
-                self._recorder.write(self._rows.cancelled(job), partial(self._on_recorded, job))
+                self._write(job, self._rows.cancelled(job), self._on_recorded)
             return "cancelled"
         if job.phase is JobPhase.RUNNING and job.child is not None:
             job.child.stop("cancelled")
             return "cancelling"
         raise RequestError(f"job {job.id} has just ended")
 
-    def child(self, id: str) -> Child | None:
-        job = self.jobs.get(id)
-        return job.child if job is not None else None
+    def output(self, id: str) -> Output | None:
+        """What the latest attempt of a running or recent job says; None where only the store
+        can tell."""
+        return self._outputs.get(id)
 
     def interrupt(self, *, kill: bool) -> None:
         """Stop every running job; each goes back to its queue."""

@@ -8,8 +8,8 @@ from typing import Any
 from taskd.queues.delivery import Delivery
 from taskd.states import AttemptState, JobState
 from taskd.store.recorder import Write
-from taskd.store.schema import utc, unix
-from taskd.work.job import Job
+from taskd.store.schema import moment, unix_time
+from taskd.work.job import Job, Outcome
 
 
 class Rows:
@@ -26,30 +26,181 @@ class Rows:
         job.known = True
         job.attempt = row["attempt"]
         job.retries = row["retries"]
-        job.submitted_at = unix(row["submitted_at"])
+        job.submitted_at = unix_time(row["submitted_at"])
 
     def time_left(self, row: Mapping[str, Any]) -> float:
         """Seconds until a job that waits for its retry is due."""
-        return max(0.0, unix(row["run_after"]) - time.time()) if row["run_after"] else 0.0
+        return max(0.0, unix_time(row["run_after"]) - time.time()) if row["run_after"] else 0.0
 
     # What is written
 
     def started(self, job: Job) -> Write:
-        pid = job.child.pid if job.child is not None else None
-        started_at = utc(job.started_at)
-        attempt = {
+        return Write(
+            {
+                **self._job(job),
+                "state": JobState.RUNNING,
+                "reason": None,
+                "finished_at": None,
+                "run_after": None,
+                "claimed_by": self._daemon_id,
+            },
+            {**self._attempt(job), "state": AttemptState.RUNNING},
+            new=not job.known,
+        )
+
+    def ended(self, job: Job) -> Write:
+        """The outcome of the attempt; of the job too, unless it runs again."""
+        outcome, exit = job.outcome, job.exit
+        assert outcome is not None
+        result = {
+            "reason": outcome.reason,
+            "finished_at": moment(job.finished_at),
+            "exit_code": exit.code if exit is not None else None,
+            "signal": exit.signal if exit is not None else None,
+            "cpu_seconds": exit.cpu_seconds if exit is not None else None,
+            "memory_peak": exit.memory_peak if exit is not None else None,
+            "output_tail": job.child.output.tail() if job.child is not None else b"",
+        }
+        return Write(
+            {**self._job(job), **result, **self._state(job, outcome)},
+            {**self._attempt(job), **result, "state": outcome.attempt},
+            new=not job.known,
+        )
+
+    def cancelled(self, job: Job) -> Write:
+        """A job that was cancelled before an attempt began."""
+        outcome = job.outcome
+        assert outcome is not None
+        row = {
+            **self._job(job),
+            **self._state(job, outcome),
+            "reason": outcome.reason,
+            "finished_at": moment(job.finished_at),
+        }
+        return Write(row, None, new=not job.known)
+
+    def spoke(self, job: Job) -> Write:
+        """What a running child said of itself."""
+        row = {
+            "id": job.id,
+            "progress": job.progress,
+            "status": job.status,
+            "result": _text(job.result),
+        }
+        return Write(row, None, new=False)
+
+    def rejected(self, delivery: Delivery, id: str, task: str | None, reason: str) -> Write:
+        now = time.time()
+        row = {
+            "id": id,
+            "task": (task or "")[:255],
+            "queue": delivery.queue,
+            "state": JobState.REJECTED,
+            "reason": reason,
+            "attempt": delivery.attempt,
+            "payload": delivery.body,
+            "submitted_at": moment(delivery.submitted_at or now),
+            "finished_at": moment(now),
+            "message_id": (delivery.id or "")[:255] or None,
+            "priority": delivery.priority or 0,
+            "claimed_by": None,
+            "dead": True,
+        }
+        return Write(row, None, new=delivery.row is None)
+
+    def _job(self, job: Job) -> dict[str, Any]:
+        """What is true of a job at any time since its attempt began."""
+        delivery = job.delivery
+        return {
+            "id": job.id,
+            "task": job.task.name,
+            "queue": job.queue,
+            "attempt": job.attempt,
+            "payload": delivery.body,
+            "submitted_at": moment(job.submitted_at),
+            "started_at": moment(job.started_at) if job.started_at else None,
+            "host": self._host,
+            "pid": job.child.pid if job.child is not None else None,
+            "priority": delivery.priority or 0,
+            "message_id": delivery.id,
+            "progress": job.progress,
+            "status": job.status,
+            "result": _text(job.result),
+        }
+
+    def _attempt(self, job: Job) -> dict[str, Any]:
+        return {
             "job_id": job.id,
             "attempt": job.attempt,
-            "state": AttemptState.RUNNING,
             "host": self._host,
-            "pid": pid,
-            "started_at": started_at,
+            "pid": job.child.pid if job.child is not None else None,
+            "started_at": moment(job.started_at),
         }
-        row = self._job(job)
-        row.update(
-            state=JobState.RUNNING,
-            started_at=started_at,
-            pid=pid,
-            claimed_by=self._daemon_id,
-        )
-        return Write(row, attempt, new=not job.known)
+
+    def _state(self, job: Job, outcome: Outcome) -> dict[str, Any]:
+        """Nobody's claim any more; due again when the retry is, if there is one."""
+        retrying = outcome.job is JobState.RETRYING
+        return {
+            "state": outcome.job,
+            "retries": job.retries,
+            "run_after": moment(job.finished_at + outcome.delay) if retrying else None,
+            "claimed_by": None,
+            "dead": outcome.job is JobState.FAILED,
+        }
+
+    # What is told
+
+    def event(self, job: Job, state: JobState) -> dict[str, Any]:
+        outcome, exit = job.outcome, job.exit
+        return {
+            **_event("job", job.id, job.task.name, job.queue, state),
+            "attempt": job.attempt,
+            "reason": outcome.reason if outcome is not None else None,
+            "exit_code": exit.code if exit is not None else None,
+            "signal": exit.signal if exit is not None else None,
+        }
+
+    def progress_event(self, job: Job) -> dict[str, Any]:
+        return {
+            **_event("progress", job.id, job.task.name, job.queue, JobState.RUNNING),
+            "attempt": job.attempt,
+            "progress": job.progress,
+            "status": job.status,
+        }
+
+    def rejection_event(
+        self, delivery: Delivery, id: str, task: str | None, reason: str
+    ) -> dict[str, Any]:
+        event = _event("job", id, task, delivery.queue, JobState.REJECTED)
+        return {**event, "attempt": delivery.attempt, "reason": reason}
+
+    def reply(self, job: Job) -> bytes:
+        """The outcome, for `reply_to`: JSON."""
+        outcome, exit = job.outcome, job.exit
+        assert outcome is not None
+        answer = {
+            "id": job.id,
+            "task": job.task.name,
+            "state": outcome.job,
+            "reason": outcome.reason,
+            "attempt": job.attempt,
+            "exit_code": exit.code if exit is not None else None,
+            "signal": exit.signal if exit is not None else None,
+            "result": json.loads(job.result) if job.result is not None else None,
+        }
+        return json.dumps(answer).encode()
+
+
+def _event(kind: str, id: str, task: str | None, queue: str, state: JobState) -> dict[str, Any]:
+    return {
+        "event": kind,
+        "id": id,
+        "task": task,
+        "queue": queue,
+        "state": str(state),
+        "at": time.time(),
+    }
+
+
+def _text(result: bytes | None) -> str | None:
+    return result.decode("utf-8", "replace") if result is not None else None
