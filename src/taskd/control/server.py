@@ -55,7 +55,7 @@ class Server:
         self._own: dict[Path, tuple[int, int]] = {}  # device and inode of what we bound
         self._clients: set[Client] = set()
         self._strangers = 0  # clients over TCP
-        self._held = 0
+        self.held = 0  # bytes that all clients make us hold
         self._last_id = 0
         for listener in listeners:
             self._add(listener)
@@ -166,11 +166,11 @@ class Server:
         self._clients.add(client)
 
     def _on_held(self, change: int) -> None:
-        self._held += change
-        while change > 0 and self._held > self._limits.memory and self._clients:
+        self.held += change
+        while change > 0 and self.held > self._limits.memory and self._clients:
             # Not whoever asks last, which may be anybody: whoever holds most.
             most = max(self._clients, key=lambda client: client.held)
-            most.drop(f"{most.held} bytes held, {self._held} by all clients")
+            most.drop(f"{most.held} bytes held, {self.held} by all clients")
 
     def _on_close(self, client: Client) -> None:
         self._clients.discard(client)
