@@ -37,7 +37,7 @@ def test_a_span_is_read_as_systemd_reads_it(text: str, seconds: float) -> None:
     "text", ["", "fast", "5 parsecs", "-1s", "1h 30", "5S", "1,5s", "1e3", "infinite", "٣s", "s"]
 )
 def test_what_is_no_span_is_refused_with_an_example(text: str) -> None:
-    with pytest.raises(ValueError, match="write one such as|not a unit of time"):
+    with pytest.raises(ValueError, match=r"write one such as|not a unit of time"):
         values.parse_span(text)
 
 
@@ -99,7 +99,7 @@ def test_a_size_is_to_the_base_1024(text: str, size: int, shown: str) -> None:
 
 @pytest.mark.parametrize("text", ["", "8m", "8MiB", "-1", "big", "0", "0.1", "9999999999T"])
 def test_what_is_no_size_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="is not a (possible )?size"):
+    with pytest.raises(ValueError, match=r"is not a (possible )?size"):
         values.parse_size(text)
 
 
