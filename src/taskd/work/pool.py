@@ -76,7 +76,7 @@ class Pool:
         self._slots_taken = 0
         self._asked: list[Job] = []
         self._lost = Lost()
-        self._outputs: OrderedDict[str, Output] = OrderedDict()  # of running and recent jobs
+        self._outputs: OrderedDict[str, Output] = OrderedDict()  # of jobs that have ended
         self._told: dict[str, Job] = {}  # spoke since the last fold
         self._fold: Timer | None = None
         self.last_start: dict[str, float] = {}  # of each queue's jobs, by the loop's clock
@@ -329,7 +329,6 @@ class Pool:
                 self._conclude(job, job.fail(str(error), random.random()))
             return
         job.child = child
-        self._keep_output(job.id, child.output)
         if task.timeout is not None:
             job.timeout = self._loop.call_later(task.timeout, partial(child.stop, "timeout"))
         self._move(job, JobPhase.RUNNING)
@@ -347,12 +346,6 @@ class Pool:
         )
         if self.events:
             self.events.publish(self._rows.event(job, JobState.RUNNING))
-
-    def _keep_output(self, id: str, output: Output) -> None:
-        self._outputs[id] = output
-        self._outputs.move_to_end(id)
-        while len(self._outputs) > OUTPUTS_KEPT + len(self.jobs):
-            self._outputs.popitem(last=False)
 
     def _on_notify(self, job: Job, notice: Notice) -> None:
         if notice.progress is not None:
@@ -379,6 +372,11 @@ class Pool:
         if job.timeout is not None:
             job.timeout.cancel()
         job.exit = exit
+        assert job.child is not None
+        self._outputs[job.id] = job.child.output
+        self._outputs.move_to_end(job.id)
+        if len(self._outputs) > OUTPUTS_KEPT:
+            self._outputs.popitem(last=False)
         self._conclude(job, job.judge(exit, random.random()))
 
     def _conclude(self, job: Job, outcome: Outcome) -> None:
@@ -482,6 +480,9 @@ class Pool:
     def output(self, id: str) -> Output | None:
         """What the latest attempt of a running or recent job says; None where only the store
         can tell."""
+        job = self.jobs.get(id)
+        if job is not None and job.child is not None:
+            return job.child.output
         return self._outputs.get(id)
 
     def interrupt(self, *, kill: bool) -> None:
