@@ -1,0 +1,418 @@
+"""A `[queue:NAME]` section at RabbitMQ: one channel that consumes and settles.
+
+Everything on that channel belongs together: when it is lost, with the connection or alone
+(consumer_timeout closes it over a single delivery), every delivery of it is lost.
+
+Acknowledgements are gathered during a pass of the loop and leave together; the longest run of
+them from the oldest delivery on takes one frame.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from functools import partial
+from itertools import takewhile
+from typing import Any
+
+from taskd.config.schema import Queue
+from taskd.config.values import format_span
+from taskd.kernel.loop import Loop, Timer
+from taskd.queues.delivery import Delivery, Message
+from taskd.queues.rabbitmq import outgoing
+from taskd.queues.rabbitmq.connection import Backoff, Broker
+from taskd.queues.rabbitmq.placing import Copy, Placer
+from taskd.queues.rabbitmq.properties import Properties
+from taskd.queues.rabbitmq.publisher import NO_ROUTE, NOT_FOUND, Publication, Refusal, refusal_of
+from taskd.states import LinkState
+
+log = logging.getLogger(__name__)
+
+# A wall clock beyond this is no date in Python (year 10000).
+_DATE_MAX = 253402300800
+_ATTEMPTS_MAX = 2**31
+# The limit of deliveries of a queue that others have made cannot be read. RabbitMQ's own since
+# 4.0 is 20, and over it a message is dropped; from half of that on we put in a fresh copy.
+_RETURNS_MAX = 10
+
+
+class RabbitQueue:
+    """A `Source`. Everything on the loop's thread."""
+
+    def __init__(
+        self,
+        queue: Queue,
+        broker: Broker,
+        loop: Loop,
+        *,
+        prefetch: int,
+        on_delivery: Callable[[Delivery], None],
+        on_lost: Callable[[str], None],
+        on_state: Callable[[], None],
+    ) -> None:
+        self.name = queue.name
+        self._queue = queue
+        self._key = queue.broker_name
+        self._broker = broker
+        self._loop = loop
+        self._prefetch = max(1, prefetch)  # 0 would be no limit
+        self._on_delivery = on_delivery
+        self._on_lost = on_lost
+        self._on_state = on_state
+        self._channel: Any = None
+        self._consumer: str | None = None
+        self._consumers = 0
+        self._wanted = True
+        self._state = LinkState.DOWN
+        self._reason = ""
+        self._told: tuple[LinkState, str] | None = None
+        self._backoff = Backoff(loop.now)
+        self._timer: Timer | None = None
+        # By tag, so in the order of delivery: all that the broker counts as ours.
+        self._open: dict[int, Delivery] = {}
+        self._acked: set[int] = set()
+        self._returned: list[int] = []
+        self._settling = 0  # settled by our owner, and not yet on their way to the broker
+        self._publishing = 0  # replies and submissions without a confirm
+        self._placer = Placer(
+            self.name, broker, loop, on_placed=self._on_placed, on_change=self._tell
+        )
+
+    # Life
+
+    def start(self) -> None:
+        self._broker.attach(self)
+        self._tell()
+
+    def consume(self, wanted: bool) -> None:
+        self._wanted = wanted
+        if self._channel is None or not self._channel.is_open:
+            return
+        if wanted and self._consumer is None:
+            self._consume()
+        elif not wanted and self._consumer is not None:
+            consumer, self._consumer = self._consumer, None
+            self._channel.basic_cancel(consumer, callback=_ignore)
+
+    def close(self) -> None:
+        if self._state is LinkState.CLOSED:
+            return
+        self._state = LinkState.CLOSED
+        self._flush()
+        self._stop_timer()
+        self._broker.detach(self)
+        channel, self._channel = self._channel, None
+        if channel is not None and channel.is_open:
+            channel.close()
+        self._lose()
+        self._tell()
+
+    def on_up(self) -> None:
+        self._state = LinkState.CONNECTING
+        self._look()
+        self._tell()
+
+    def on_down(self) -> None:
+        self._stop_timer()
+        self._channel = None
+        self._state = LinkState.DOWN
+        self._lose()
+
+    def on_change(self) -> None:
+        self._tell()
+
+    def status(self) -> dict[str, Any]:
+        state, reason = self._compose()
+        return {
+            "state": state,
+            "reason": reason,
+            "broker_name": self._key,
+            "unacked": len(self._open),
+            "unplaced": len(self._placer.stuck),
+        }
+
+    def drained(self) -> bool:
+        return not self._settling and not self._publishing and self._broker.flushed
+
+    # From a connection to a consumer
+
+    def _look(self) -> None:
+        self._timer = None
+        self._broker.declarer.look(self._key, self._on_looked)
+
+    def _on_looked(self, refusal: Refusal | None) -> None:
+        if self._state is LinkState.CLOSED:
+            return
+        if refusal is None:
+            self._open_channel()
+        elif refusal.code != NOT_FOUND:
+            self._fail(str(refusal))
+        elif self._queue.declare:
+            arguments = outgoing.queue_arguments(self._queue)
+            self._broker.declarer.declare(self._key, arguments, self._on_declared)
+        else:
+            self._fail("the queue does not exist, and `declare = no` leaves it to others")
+
+    def _on_declared(self, refusal: Refusal | None) -> None:
+        if self._state is LinkState.CLOSED:
+            return
+        if refusal is None:
+            log.info("queue %s: declared %s as %s", self.name, self._key, self._queue.type)
+            self._open_channel()
+        else:
+            self._fail(str(refusal))
+
+    def _open_channel(self) -> None:
+        self._channel = self._broker.connection.channel(on_open_callback=self._on_channel_open)
+        self._channel.add_on_close_callback(self._on_channel_close)
+
+    def _on_channel_open(self, channel: Any) -> None:
+        if channel is not self._channel:
+            return
+        channel.add_on_cancel_callback(self._on_cancelled)
+        channel.basic_qos(prefetch_count=self._prefetch)
+        if self._wanted:
+            self._consume()
+        else:
+            self._works()
+
+    def _consume(self) -> None:
+        # A new tag for each: pika mistakes one used before for the consumer being cancelled.
+        self._consumers += 1
+        self._consumer = f"{self._broker.name}-{self._consumers}"
+        self._channel.basic_consume(
+            self._key,
+            self._on_message,
+            consumer_tag=self._consumer,
+            callback=self._on_consuming,
+        )
+
+    def _on_consuming(self, method: Any) -> None:
+        self._works()
+
+    def _works(self) -> None:
+        self._backoff.holds()
+        self._state = LinkState.UP
+        if self._reason:
+            log.info("queue %s: works again", self.name)
+            self._reason = ""
+        self._tell()
+
+    def _fail(self, reason: str) -> None:
+        """The channel, or the way to one, is gone; try again in a while."""
+        self._channel = None
+        self._state = LinkState.DOWN
+        self._lose()
+        pause = self._backoff.pause()
+        self._timer = self._loop.call_later(pause, self._look)
+        if reason != self._reason:
+            self._reason = reason
+            next_try = format_span(round(pause, 1))
+            log.warning("queue %s: %s; next try in %s", self.name, reason, next_try)
+        self._tell()
+
+    def _on_channel_close(self, channel: Any, error: Any) -> None:
+        if channel is self._channel and self._broker.connection.is_open:
+            self._fail(str(refusal_of(error)))
+
+    def _on_cancelled(self, method: Any) -> None:
+        # pika does not answer this (cancel-ok), and a quorum queue then keeps the consumer
+        # (rabbitmq-server#17317). Closing the channel removes it for certain.
+        if method.method.consumer_tag == self._consumer:
+            channel = self._channel
+            self._fail("RabbitMQ ended the consumer: the queue was deleted, or its node is gone")
+            channel.close()
+
+    def _lose(self) -> None:
+        lost = list(self._open.values())
+        self._open.clear()
+        self._acked.clear()
+        self._returned.clear()
+        self._placer.forget()
+        self._settling = 0
+        self._consumer = None
+        for delivery in lost:
+            delivery.lost = True
+        if lost:
+            self._on_lost(self.name)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    # State, for people
+
+    def _compose(self) -> tuple[LinkState, str]:
+        broker = self._broker
+        if self._state is LinkState.CLOSED:
+            return LinkState.CLOSED, ""
+        if not broker.up:
+            return broker.state, broker.reason
+        stuck = next(iter(self._placer.stuck.values()), "")
+        return self._state, self._reason or broker.blocked or stuck
+
+    def _tell(self) -> None:
+        now = self._compose()
+        if now != self._told:
+            self._told = now
+            self._on_state()
+
+    # Deliveries
+
+    def _on_message(self, channel: Any, method: Any, properties: Properties, body: bytes) -> None:
+        headers = properties.headers()
+        tag = method.delivery_tag
+        own_id = headers.get("id")  # Celery's
+        delivery = Delivery(
+            queue=self.name,
+            body=body,
+            source=self,
+            token=(tag, properties),
+            id=properties.text("message_id") or (own_id if isinstance(own_id, str) else None),
+            task=properties.text("type") or None,
+            redelivered=method.redelivered,
+            attempt=_count(headers.get(outgoing.ATTEMPT), _ATTEMPTS_MAX),
+            priority=properties.number("priority"),
+            reply_to=properties.text("reply_to") or None,
+            correlation_id=properties.text("correlation_id"),
+            submitted_at=_date(properties.number("timestamp")),
+            exchange=_text(method.exchange),
+            routing_key=_text(method.routing_key),
+            headers=headers,
+        )
+        self._open[tag] = delivery
+        self._on_delivery(delivery)
+
+    # Settlements
+
+    def done(self, delivery: Delivery) -> None:
+        if self._settle(delivery):
+            self._on_placed(delivery)
+
+    def retry(self, delivery: Delivery, *, id: str, attempt: int, delay: float) -> None:
+        if self._settle(delivery):
+            properties = outgoing.for_retry(delivery.token[1], id, attempt)
+            milliseconds = outgoing.ladder(delay)
+            key = f"{self._key}.retry.{milliseconds}"
+            arguments = outgoing.retry_arguments(self._key, milliseconds)
+            self._placer.place(Copy(delivery, "", key, properties, arguments=arguments))
+
+    def dead(self, delivery: Delivery, *, id: str, attempt: int, reason: str) -> None:
+        if self._settle(delivery):
+            properties = outgoing.for_dead(delivery.token[1], id, attempt, reason, self._key)
+            exchange, key = self._queue.dead_letter or ("", f"{self._key}.dead")
+            missing = None
+            if self._queue.dead_letter is None and self._queue.declare:
+                missing = outgoing.DEAD_ARGUMENTS
+            self._placer.place(Copy(delivery, exchange, key, properties, if_missing=missing))
+
+    def back(self, delivery: Delivery) -> None:
+        if not self._settle(delivery):
+            return
+        returns = _count(delivery.headers.get("x-delivery-count"), _ATTEMPTS_MAX)
+        if returns >= _RETURNS_MAX:
+            properties = outgoing.for_return(delivery.token[1], delivery.attempt)
+            self._placer.place(Copy(delivery, "", self._key, properties))
+        else:
+            self._gather()
+            self._returned.append(delivery.token[0])
+
+    def _settle(self, delivery: Delivery) -> bool:
+        """Whether it is to be settled: neither lost, nor settled before."""
+        if delivery.lost or delivery.settled:
+            return False
+        delivery.settled = True
+        self._settling += 1
+        return True
+
+    def _on_placed(self, delivery: Delivery) -> None:
+        self._gather()
+        self._acked.add(delivery.token[0])
+
+    def _gather(self) -> None:
+        if not self._acked and not self._returned:
+            self._loop.call_before_wait(self._flush)
+
+    def _flush(self) -> None:
+        channel, acked, returned = self._channel, self._acked, self._returned
+        if channel is None or not channel.is_open or not (acked or returned):
+            return
+        for tag in returned:
+            del self._open[tag]
+            channel.basic_nack(tag, requeue=True)
+        oldest = list(takewhile(acked.__contains__, self._open))
+        if len(oldest) > 1:
+            channel.basic_ack(oldest[-1], multiple=True)
+            for tag in oldest:
+                del self._open[tag]
+            rest = sorted(acked.difference(oldest))
+        else:
+            rest = sorted(acked)
+        for tag in rest:
+            del self._open[tag]
+            channel.basic_ack(tag)
+        self._settling -= len(acked) + len(returned)
+        self._acked = set()
+        self._returned = []
+
+    # Other messages of ours
+
+    def reply(self, delivery: Delivery, body: bytes) -> None:
+        original: Properties = delivery.token[1]
+        key = original.raw("reply_to")
+        if key and not delivery.lost:
+            # Not mandatory: RabbitMQ returns what went to a direct reply-to even where it
+            # arrived, and a client that did not wait is no trouble of ours.
+            self._publish(Publication(key, outgoing.for_reply(original), body, False, _ignore))
+
+    def submit(self, message: Message, then: Callable[[str | None], None]) -> None:
+        refusal = self._broker.blocked or None
+        if not self._broker.up:
+            refusal = f"the broker is away: {self._broker.reason}"
+        try:
+            properties = outgoing.for_submission(message, time.time())
+        except ValueError as error:
+            refusal = str(error)
+        if refusal is not None:
+            self._loop.add_callback(partial(then, refusal))
+            return
+        answer = partial(self._on_submitted, then)
+        self._publish(Publication(self._key, properties, message.body, True, answer))
+
+    def resubmit(self, message: Message, then: Callable[[str | None], None]) -> None:
+        self.submit(message, then)
+
+    def _on_submitted(self, then: Callable[[str | None], None], refusal: Refusal | None) -> None:
+        if refusal is not None and refusal.code == NO_ROUTE:
+            then(f"there is no queue {self._key} at the broker")
+        else:
+            then(str(refusal) if refusal else None)
+
+    def _publish(self, publication: Publication) -> None:
+        self._publishing += 1
+        then = publication.then
+
+        def count(refusal: Refusal | None) -> None:
+            self._publishing -= 1
+            then(refusal)
+
+        publication.then = count
+        self._broker.publisher("").publish(publication)
+
+
+def _ignore(_: object) -> None:
+    pass
+
+
+def _count(value: Any, limit: int) -> int:
+    """What a header says, if that is a number one can count to."""
+    return value if type(value) is int and 0 <= value < limit else 0
+
+
+def _date(value: int | None) -> float | None:
+    return float(value) if value is not None and 0 < value < _DATE_MAX else None
+
+
+def _text(value: str | bytes) -> str:
+    """pika leaves a short string that is no UTF-8 as bytes."""
+    return value if isinstance(value, str) else value.decode("utf-8", "backslashreplace")
