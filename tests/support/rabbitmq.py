@@ -1,0 +1,262 @@
+"""A private RabbitMQ beside any other: its own node, ports, data and cookie, on loopback only.
+
+The scripts below /usr/lib/rabbitmq are run directly: the ones in /usr/sbin want to become the
+user rabbitmq. The name server (epmd) is a child of ours too; left alone, Erlang would start one
+that outlives everything. Both carry PR_SET_PDEATHSIG, so that a killed test run takes them along.
+"""
+
+import contextlib
+import ctypes
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+import urllib.parse
+from collections.abc import Iterator
+from pathlib import Path
+
+SCRIPTS = Path("/usr/lib/rabbitmq/bin")
+PATIENCE = 60.0
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def available() -> bool:
+    return (SCRIPTS / "rabbitmq-server").exists() and shutil.which("epmd") is not None
+
+
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+class RabbitServer:
+    """One RabbitMQ node. `config` is added to its rabbitmq.conf, `tls` names a directory that
+    holds ca.pem, server.pem and server.key.
+
+    It must be started from the main thread: the death signal follows the thread, not the process.
+    """
+
+    def __init__(self, *, config: str = "", tls: Path | None = None) -> None:
+        self._directory = Path(tempfile.mkdtemp(prefix="taskd-rabbitmq-"))
+        self.port, self.tls_port, dist, epmd, ctl = free_ports(5)
+        self._epmd_port = epmd
+        self._server: subprocess.Popen[bytes] | None = None
+        self._epmd: subprocess.Popen[bytes] | None = None
+        self.node = f"taskd-{os.getpid()}-{self.port}@localhost"
+        self._environment = self._make_environment(dist, ctl)
+        self._write_files(config, tls)
+
+    def _make_environment(self, dist: int, ctl: int) -> dict[str, str]:
+        here = self._directory
+        loopback = "-kernel inet_dist_use_interface {127,0,0,1}"
+        return {
+            "PATH": os.environ.get("PATH", "/usr/bin:/bin"),
+            "LANG": "C.UTF-8",
+            "HOME": str(here),  # the Erlang cookie is looked for here
+            "ERL_EPMD_PORT": str(self._epmd_port),
+            "ERL_EPMD_ADDRESS": "127.0.0.1",
+            "RABBITMQ_NODENAME": self.node,
+            "RABBITMQ_DIST_PORT": str(dist),
+            "RABBITMQ_CTL_DIST_PORT_MIN": str(ctl),
+            "RABBITMQ_CTL_DIST_PORT_MAX": str(ctl + 10),
+            "RABBITMQ_CONFIG_FILE": str(here / "rabbitmq"),
+            "RABBITMQ_CONF_ENV_FILE": str(here / "rabbitmq-env.conf"),
+            "RABBITMQ_ENABLED_PLUGINS_FILE": str(here / "enabled_plugins"),
+            "RABBITMQ_MNESIA_BASE": str(here / "data"),
+            "RABBITMQ_LOG_BASE": str(here / "log"),
+            "RABBITMQ_GENERATED_CONFIG_DIR": str(here / "config"),
+            "RABBITMQ_SCHEMA_DIR": str(here / "schema"),
+            "RABBITMQ_PID_FILE": str(here / "pid"),
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": f"{loopback} +S 2:2",
+            "RABBITMQ_CTL_ERL_ARGS": f"{loopback} +S 1:1",
+            # The script then becomes the Erlang VM instead of waiting for it, so that our child
+            # is the VM: no shell is left between, which would survive a kill or forward nothing.
+            "RUNNING_UNDER_SYSTEMD": "true",
+        }
+
+    def _write_files(self, config: str, tls: Path | None) -> None:
+        here = self._directory
+        lines = [
+            f"listeners.tcp.1 = 127.0.0.1:{self.port}",
+            "loopback_users = none",
+            "log.console = false",
+            "disk_free_limit.absolute = 10MB",
+            "management_agent.disable_metrics_collector = true",
+        ]
+        if tls is not None:
+            lines += [
+                f"listeners.ssl.1 = 127.0.0.1:{self.tls_port}",
+                f"ssl_options.cacertfile = {tls}/ca.pem",
+                f"ssl_options.certfile = {tls}/server.pem",
+                f"ssl_options.keyfile = {tls}/server.key",
+                "ssl_options.verify = verify_peer",
+                "ssl_options.fail_if_no_peer_cert = false",
+            ]
+        (here / "rabbitmq.conf").write_text("\n".join([*lines, config, ""]))
+        (here / "enabled_plugins").write_text("[].\n")
+        cookie = here / ".erlang.cookie"
+        cookie.write_text(secrets.token_hex(20))
+        cookie.chmod(0o400)
+
+    # Life
+
+    def start(self) -> "RabbitServer":
+        """Start, and return once it takes connections."""
+        if self._epmd is None:
+            epmd = shutil.which("epmd") or "epmd"
+            self._epmd = self._spawn([epmd, "-port", str(self._epmd_port)])
+            self._wait(lambda: _listens(self._epmd_port), "epmd")
+        self._server = self._spawn([str(SCRIPTS / "rabbitmq-server")])
+        self._wait(lambda: _greets(self.port), "RabbitMQ")
+        return self
+
+    def stop(self) -> None:
+        """Let it end in its own time: connections are closed, queues are written."""
+        self._end(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End it as a power cut would."""
+        self._end(signal.SIGKILL)
+
+    def freeze(self) -> None:
+        """Let it hold its connections and say nothing, until `thaw`."""
+        assert self._server is not None
+        self._server.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        assert self._server is not None
+        self._server.send_signal(signal.SIGCONT)
+
+    def restart(self) -> None:
+        self.stop()
+        self.start()
+
+    def close(self) -> None:
+        """End everything and remove every file. Safe to repeat."""
+        self.kill()
+        if self._epmd is not None:
+            self._epmd.kill()
+            self._epmd.wait()
+            self._epmd = None
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    # Use
+
+    def url(self, vhost: str = "/", *, user: str = "guest", password: str = "guest") -> str:
+        quote = urllib.parse.quote
+        return (
+            f"amqp://{quote(user, safe='')}:{quote(password, safe='')}"
+            f"@127.0.0.1:{self.port}/{quote(vhost, safe='')}"
+        )
+
+    def ctl(self, *words: str) -> str:
+        """Run rabbitmqctl and return what it printed. It takes about a second."""
+        return self._control("rabbitmqctl", *words)
+
+    def eval(self, erlang: str) -> str:
+        return self.ctl("eval", erlang).strip()
+
+    def add_vhost(self, name: str) -> None:
+        self.ctl("add_vhost", name)
+        self.ctl("set_permissions", "--vhost", name, "guest", ".*", ".*", ".*")
+
+    @property
+    def log(self) -> str:
+        return "\n".join(
+            each.read_text(errors="replace") for each in (self._directory / "log").glob("*.log")
+        )
+
+    def _control(self, script: str, *words: str) -> str:
+        done = subprocess.run(
+            [str(SCRIPTS / script), "--quiet", *words],
+            env=self._environment,
+            cwd=self._directory,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+        )
+        if done.returncode != 0:
+            raise AssertionError(f"{script} {' '.join(words)}: {done.stdout}{done.stderr}")
+        return done.stdout
+
+    def _spawn(self, argv: list[str]) -> subprocess.Popen[bytes]:
+        parent = os.getpid()
+
+        def tie() -> None:
+            _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+            if os.getppid() != parent:
+                os._exit(1)
+
+        with (self._directory / "console").open("ab") as console:
+            return subprocess.Popen(
+                argv,
+                env=self._environment,
+                cwd=self._directory,
+                stdin=subprocess.DEVNULL,
+                stdout=console,
+                stderr=console,
+                start_new_session=True,
+                preexec_fn=tie,
+            )
+
+    def _end(self, number: signal.Signals) -> None:
+        server, self._server = self._server, None
+        if server is None:
+            return
+        server.send_signal(signal.SIGCONT)  # a frozen one could not act on TERM
+        server.send_signal(number)
+        try:
+            server.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
+        self._wait(lambda: not _listens(self.port), "the end of RabbitMQ")
+
+    def _wait(self, condition: object, what: str) -> None:
+        assert callable(condition)
+        deadline = time.monotonic() + PATIENCE
+        while not condition():
+            ended = self._server is not None and self._server.poll() is not None
+            if ended or time.monotonic() > deadline:
+                console = (self._directory / "console").read_text(errors="replace")
+                raise AssertionError(f"waited for {what}\n{console}\n{self.log}")
+            time.sleep(0.02)
+
+
+def _listens(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), 1).close()
+    except OSError:
+        return False
+    return True
+
+
+def _greets(port: int) -> bool:
+    """Whether something there answers an AMQP 0-9-1 header: the listener is up before the boot
+    is over, and connections made in between hang or are reset."""
+    try:
+        with socket.create_connection(("127.0.0.1", port), 1) as each:
+            each.settimeout(5)
+            each.sendall(b"AMQP\x00\x00\x09\x01")
+            return each.recv(1) == b"\x01"
+    except OSError:
+        return False
+
+
+@contextlib.contextmanager
+def running_server(*, config: str = "", tls: Path | None = None) -> Iterator[RabbitServer]:
+    server = RabbitServer(config=config, tls=tls)
+    try:
+        yield server.start()
+    finally:
+        server.close()
