@@ -1,9 +1,9 @@
 """The daemon: owns everything below it, and its life from the first signal mask to exit 0.
 
-    starting -> running -> draining -> stopped
-                             |  patience over, or a second signal
-                             v
-                          stopping -> stopped
+starting -> running -> draining -> stopped
+                         |  patience over, or a second signal
+                         v
+                      stopping -> stopped
 """
 
 import logging
@@ -181,7 +181,7 @@ class Daemon:
                 if self._recovered or not self.recorder.private:
                     self._open_store()
                 else:
-                    self.recorder.ask(statements.recover, self._on_recovered)
+                    self.recorder.ask(statements.recover(), self._on_recovered)
             case StoreState.AWAY:
                 journal.event(
                     log,

@@ -119,4 +119,3 @@ class Job:
         task = self.task
         doublings = min(self.attempt - 1, 62)
         return min(task.retry_delay * 2.0**doublings, task.retry_delay_max) * (1 + jitter / 4)
-

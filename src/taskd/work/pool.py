@@ -155,7 +155,7 @@ class Pool:
     def _ask(self) -> None:
         asked, self._asked = self._asked, []
         ids = [job.id for job in asked]
-        self._recorder.ask(partial(statements.find, ids=ids), partial(self._on_found, asked))
+        self._recorder.ask(statements.find(ids), partial(self._on_found, asked))
 
     def _on_found(self, asked: list[Job], found: Mapping[str, Any] | StoreAway) -> None:
         for job in asked:
@@ -209,7 +209,7 @@ class Pool:
             self._record_rejection(delivery, message.new_id(), reason)
         else:
             self._recorder.ask(
-                partial(statements.find, ids=[id]),
+                statements.find([id]),
                 partial(self._on_found_rejected, delivery, id, reason),
             )
 
@@ -411,9 +411,7 @@ class Pool:
             case JobState.FAILED:
                 then = ", to the dead letters"
         what = outcome.reason or outcome.job
-        journal.event(
-            log, level, id, fields, "job %s: %s after %s%s", job.id, what, took, then
-        )
+        journal.event(log, level, id, fields, "job %s: %s after %s%s", job.id, what, took, then)
 
     # Settlement
 

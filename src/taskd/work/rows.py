@@ -37,7 +37,8 @@ class Rows:
     def started(self, job: Job) -> Write:
         return Write(
             {
-                **self._job(job),
+                **self._born(job),
+                **self._now(job),
                 "state": JobState.RUNNING,
                 "reason": None,
                 "finished_at": None,
@@ -62,7 +63,7 @@ class Rows:
             "output_tail": job.child.output.tail() if job.child is not None else b"",
         }
         return Write(
-            {**self._job(job), **result, **self._state(job, outcome)},
+            {**self._born(job), **self._now(job), **result, **self._state(job, outcome)},
             {**self._attempt(job), **result, "state": outcome.attempt},
             new=not job.known,
         )
@@ -72,7 +73,8 @@ class Rows:
         outcome = job.outcome
         assert outcome is not None
         row = {
-            **self._job(job),
+            **self._born(job),
+            **self._now(job),
             **self._state(job, outcome),
             "reason": outcome.reason,
             "finished_at": moment(job.finished_at),
@@ -108,21 +110,28 @@ class Rows:
         }
         return Write(row, None, new=delivery.row is None)
 
-    def _job(self, job: Job) -> dict[str, Any]:
-        """What is true of a job at any time since its attempt began."""
+    def _born(self, job: Job) -> dict[str, Any]:
+        """What stays the same, for a row that may have to be made."""
+        if job.known:
+            return {"id": job.id}
         delivery = job.delivery
         return {
             "id": job.id,
             "task": job.task.name,
             "queue": job.queue,
-            "attempt": job.attempt,
             "payload": delivery.body,
             "submitted_at": moment(job.submitted_at),
+            "priority": delivery.priority or 0,
+            "message_id": delivery.id,
+        }
+
+    def _now(self, job: Job) -> dict[str, Any]:
+        """What is true of the latest attempt at any time since it began."""
+        return {
+            "attempt": job.attempt,
             "started_at": moment(job.started_at) if job.started_at else None,
             "host": self._host,
             "pid": job.child.pid if job.child is not None else None,
-            "priority": delivery.priority or 0,
-            "message_id": delivery.id,
             "progress": job.progress,
             "status": job.status,
             "result": _text(job.result),
