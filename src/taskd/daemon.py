@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,13 @@ from taskd.config import reader
 from taskd.config.diff import Diff, diff
 from taskd.config.schema import Config
 from taskd.config.values import format_span
-from taskd.control import commands, server
+from taskd.control import commands
 from taskd.control.desk import Desk
+from taskd.control.server import Server
 from taskd.errors import ConfigError, StoreAway
 from taskd.journal import MessageId
 from taskd.kernel.loop import Loop, Timer
-from taskd.kernel.process import become_subreaper
+from taskd.kernel.process import become_subreaper, seal_descriptors
 from taskd.kernel.signals import SignalFd
 from taskd.service import Service
 from taskd.states import DAEMON_MOVES, DaemonState, StoreState, move
@@ -82,6 +84,7 @@ class Daemon:
         # Before any thread exists: threads inherit the mask, and a signal goes to any thread
         # that does not block it.
         self._signals = SignalFd(SIGNALS)
+        seal_descriptors()
         become_subreaper()
         self.host = socket.gethostname()
         self.loop = Loop()
@@ -118,12 +121,7 @@ class Daemon:
         )
         self.intake.hold(STORE)
         self.retention = Retention(self.loop, self.recorder, config.settings.keep_jobs)
-        self._server = server.Server(
-            self.loop,
-            self._listeners(),
-            commands.verbs(Desk(self)),
-            password=config.settings.control_password,
-        )
+        self._server = self._listen()
         self._recovered = False
         self._ready = False
         self._telling = False
@@ -141,12 +139,17 @@ class Daemon:
             self._close()
         return 0
 
-    def _listeners(self) -> list[socket.socket]:
-        inherited = self._service.inherited()
-        listeners = list(inherited.values()) or [server.listen(self.config.settings.control)]
-        if self.config.settings.control_tcp is not None:
-            listeners.append(server.listen_tcp(self.config.settings.control_tcp))
-        return listeners
+    def _listen(self) -> Server:
+        settings = self.config.settings
+        inherited = [one for sockets in self._service.inherited().values() for one in sockets]
+        server = Server(
+            self.loop, inherited, commands.verbs(Desk(self)), password=settings.control_password
+        )
+        if not inherited:
+            server.listen(settings.control)
+        if settings.control_tcp is not None:
+            server.listen_tcp(settings.control_tcp)
+        return server
 
     # Events
 
@@ -169,10 +172,8 @@ class Daemon:
                     self._toggle_debug()
 
     def _on_hangup(self) -> None:
-        try:
+        with suppress(ConfigError):  # said by `reload`, in the journal and in STATUS
             self.reload()
-        except ConfigError:
-            pass  # said by `reload`, in the journal and in STATUS
 
     def _on_store(self, state: StoreState, reason: str) -> None:
         match state:

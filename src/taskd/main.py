@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
     path: Path = arguments.config
     if arguments.check:
         return check(path)
-    service = Service(os.environ)
+    service = Service()
     sink = journal.open_sink(os.environ)
     handler = journal.install(sink)
     try:

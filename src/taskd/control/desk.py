@@ -86,10 +86,10 @@ class Desk:
         """The youngest jobs that lie in the dead letters."""
         self._recorder.ask(statements.dead(limit), _answer(then))
 
-    def job(self, id: str, then: Callable[[Row | None | Exception], None]) -> None:
+    def job(self, id: str, then: Callable[[Row | Exception | None], None]) -> None:
         """One job with its attempts; what is alive of it is as of now."""
 
-        def on_row(row: Row | None | StoreAway) -> None:
+        def on_row(row: Row | StoreAway | None) -> None:
             job = self._pool.jobs.get(id)
             if isinstance(row, dict) and job is not None:
                 row["phase"] = str(job.phase)
@@ -119,7 +119,7 @@ class Desk:
         id: str,
         offset: int,
         then: Callable[[Chunk | Exception], None],
-        row: Row | None | StoreAway,
+        row: Row | StoreAway | None,
     ) -> None:
         if isinstance(row, StoreAway):
             then(RequestError(f"the store is away: {row}"))
@@ -163,7 +163,7 @@ class Desk:
             then(self._pool.cancel(job))
             return
 
-        def on_cancelled(row: Mapping[str, Any] | None | StoreAway) -> None:
+        def on_cancelled(row: Mapping[str, Any] | StoreAway | None) -> None:
             if isinstance(row, StoreAway):
                 then(RequestError(f"the store is away: {row}"))
             elif row is None:
@@ -178,7 +178,7 @@ class Desk:
     def retry(self, id: str, then: Callable[[str | Exception], None]) -> None:
         """Send a finished job back to its queue; `then` gets its id."""
 
-        def on_row(row: Mapping[str, Any] | None | str | StoreAway) -> None:
+        def on_row(row: Mapping[str, Any] | str | StoreAway | None) -> None:
             if isinstance(row, StoreAway):
                 then(RequestError(f"the store is away: {row}"))
             elif row is None:
@@ -216,7 +216,7 @@ class Desk:
         return [
             {
                 "name": task.name,
-                "command": " ".join(task.command.words),
+                "command": task.command.text,
                 "running": self._pool.running(task.name),
                 "max_running": task.max_running,
                 "timeout": task.timeout,

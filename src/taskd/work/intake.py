@@ -5,7 +5,7 @@ it delivered and nobody has started, so that other hosts get it.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 from typing import Any
 
@@ -60,7 +60,7 @@ class Intake:
         self._on_change = on_change
         self._holds: set[str] = set()  # over all queues
         self._inlets: dict[str, Inlet] = {}
-        self._brokers: dict[str, Broker] = {}
+        self._brokers: dict[Hashable, Broker] = {}
         self._retired: list[Inlet] = []  # out of the configuration, jobs of theirs still run
         pool.on_slot = self._on_slot
         pool.on_wait = self._on_wait
@@ -167,9 +167,9 @@ class Intake:
             if not working and inlet.source.drained():
                 inlet.source.close()
                 self._retired.remove(inlet)
-        used = {inlet.queue.url for inlet in [*self._inlets.values(), *self._retired]}
-        for url in self._brokers.keys() - used:
-            self._brokers.pop(url).close()
+        used = {_broker(inlet.queue) for inlet in [*self._inlets.values(), *self._retired]}
+        for key in self._brokers.keys() - used:
+            self._brokers.pop(key).close()
 
     @property
     def retired(self) -> bool:
@@ -206,10 +206,10 @@ class Intake:
                 on_delivery=self._on_delivery,
                 on_lost=self._pool.forget_lost,
             )
-        broker = self._brokers.get(queue.url)
+        key = _broker(queue)
+        broker = self._brokers.get(key)
         if broker is None:
-            broker = Broker(queue, self._loop, name=f"taskd@{self._host}")
-            self._brokers[queue.url] = broker
+            broker = self._brokers[key] = Broker(queue, self._loop, name=f"taskd@{self._host}")
         return RabbitQueue(
             queue,
             broker,
@@ -253,6 +253,11 @@ class Intake:
                 }
             )
         return states
+
+
+def _broker(queue: Queue) -> Hashable:
+    """What queues must have in common to share a connection."""
+    return queue.url, queue.ca_file, queue.cert_file, queue.key_file
 
 
 def _wire(queue: Queue) -> Queue:

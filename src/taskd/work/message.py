@@ -84,7 +84,7 @@ def check_id(id: str) -> None:
 def _envelope(body: bytes) -> dict[str, Any] | None:
     """The JSON object that a body is, or None where it is opaque bytes."""
     # What begins as an object is meant to be one: a broken one is refused, not passed on.
-    if not body.lstrip(b" \t\r\n")[:1] == b"{":
+    if body.lstrip(b" \t\r\n")[:1] != b"{":
         return None
     try:
         envelope = json.loads(body)
