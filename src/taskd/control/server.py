@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from taskd.config.values import split_address
 from taskd.control import resp, session
 from taskd.control.connection import Client, Limits, Verb
 from taskd.kernel.loop import Loop
@@ -75,10 +76,8 @@ class Server:
 
     def listen_tcp(self, address: str) -> None:
         """Listen on HOST:PORT. Raises OSError."""
-        host, _, port = address.rpartition(":")
-        found = socket.getaddrinfo(
-            host.strip("[]") or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
+        host, port = split_address(address)
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         family, kind, protocol, _, where = found[0]
         listener = socket.socket(family, kind, protocol)
         try:

@@ -1,0 +1,136 @@
+"""Following a job to its end: what it says, and what becomes of it.
+
+Two connections, and one wait for both. On one come the events; on the other stands an
+`OUTPUT ... FOLLOW`, answered once there is something to say. Whoever subscribes before the
+job is submitted misses nothing, however short the job.
+"""
+
+import base64
+import json
+import select
+from collections import deque
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Protocol
+
+from taskd.ctl.client import Connection, Refused, Reply
+from taskd.states import FINAL
+
+Event = dict[str, Any]
+
+
+class Show(Protocol):
+    """Where it is shown."""
+
+    def on_output(self, data: bytes) -> None: ...
+
+    def on_event(self, event: Event) -> None:
+        """What happens to the job, and its progress."""
+
+    def on_gap(self, size: int) -> None:
+        """So many bytes of output were gone before we could ask for them."""
+
+
+class Follower:
+    """Follows one job, once: by `submit` or by `join`."""
+
+    def __init__(self, path: str, id: str, show: Show) -> None:
+        self._id = id
+        self._show = show
+        self._events = Connection(path)
+        self._asks = Connection(path)
+        self._expected: deque[Callable[[Reply], None]] = deque()
+        self._final: Event | None = None
+        self._attempt: int | None = None
+        self._offset = 0  # in this attempt's output
+        self._complete = False  # and that has been read to its end
+        self._wanted = False  # there may be more of it
+        self._asking = False  # OUTPUT stands
+        self._events.ask("SUBSCRIBE", "events")
+
+    def submit(self, task: str, body: bytes | None, *options: str) -> Event:
+        """Submit the job and follow it; its last event."""
+        words: list[str | bytes] = ["SUBMIT", task]
+        if body is not None:
+            words.append(body)
+        self._ask(self._on_submitted, *words, "ID", self._id, *options)
+        return self._run()
+
+    def join(self) -> Event:
+        """Follow a job that is there already; its last event, or its row."""
+        self._ask(self._on_row, "JOB", self._id)
+        return self._run()
+
+    def _run(self) -> Event:
+        self._take()
+        while self._final is None or self._asking or self._wanted:
+            if self._wanted and not self._asking:
+                self._asking = True
+                words = ("OUTPUT", self._id, "FROM", str(self._offset), "FOLLOW")
+                self._ask(partial(self._on_output_reply, self._attempt), *words)
+            ready, _, _ = select.select([self._events, self._asks], [], [])
+            for connection in ready:
+                connection.read()
+            self._take()
+        return self._final
+
+    def _take(self) -> None:
+        for reply in self._events.replies():
+            event = json.loads(reply[2])
+            if event.get("id") == self._id:
+                self._on_job_event(event)
+        for reply in self._asks.replies():
+            self._expected.popleft()(reply)
+
+    def _ask(self, on_reply: Callable[[Reply], None], *words: str | bytes) -> None:
+        self._expected.append(on_reply)
+        self._asks.send(*words)
+
+    def _on_submitted(self, reply: Reply) -> None:
+        if isinstance(reply, Refused):
+            raise reply
+
+    def _on_row(self, reply: Reply) -> None:
+        if isinstance(reply, Refused):
+            raise reply
+        row = json.loads(reply)
+        if self._attempt is None:
+            self._attempt = row["attempt"]
+        if row["state"] in FINAL and self._final is None:
+            self._final = row
+        self._wanted = True
+
+    def _on_job_event(self, event: Event) -> None:
+        if event["event"] == "job":
+            attempt = event.get("attempt")
+            if event["state"] == "running" and attempt != self._attempt:
+                self._attempt, self._offset, self._complete = attempt, 0, False
+            # Whatever has changed: there may be output now where there was none.
+            self._wanted = not self._complete
+            if event["state"] in FINAL:
+                self._final = event
+        self._show.on_event(event)
+
+    def _on_output_reply(self, attempt: int | None, reply: Reply) -> None:
+        self._asking = False
+        if isinstance(reply, Refused):
+            self._wanted = False
+            return
+        answer = json.loads(reply)
+        data = content(answer)
+        current = attempt == self._attempt  # or the next one has begun meanwhile
+        if current and answer["from"] > self._offset:
+            self._show.on_gap(answer["from"] - self._offset)
+        if data:
+            self._show.on_output(data)
+        if current:
+            self._offset = answer["next"]
+            self._complete = answer["ended"]
+            # Nothing, and yet not ended: the job does not run now. An event will tell.
+            self._wanted = bool(data) and not self._complete
+
+
+def content(answer: Mapping[str, Any]) -> bytes:
+    """The bytes of an answer to OUTPUT."""
+    data: str = answer["data"]
+    return base64.b64decode(data) if answer["encoding"] == "base64" else data.encode()

@@ -1,0 +1,218 @@
+"""taskctl's verbs about jobs."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from taskd.ctl.client import Refused, Unreachable
+from taskd.ctl.session import (
+    EX_INTERRUPTED,
+    EX_REFUSED,
+    Session,
+    names_of,
+    pass_session,
+    shared,
+)
+from taskd.states import JobState
+
+# One request has at most 64 words.
+IDS_PER_REQUEST = 60
+
+WAIT_CODES = """\b
+Exit codes with --wait:
+  0       the job succeeded
+  1-125   it failed with this exit code of its own
+  126     it failed without one
+  127     it was cancelled or rejected
+  128+N   signal N ended it
+The codes of `taskctl --help` come where it could not be followed.
+"""
+
+
+@click.command()
+@click.option("--state", type=click.Choice([*JobState]), help="Only jobs in this state.")
+@click.option("--task", shell_complete=names_of("TASKS"), help="Only jobs of this task.")
+@click.option("--limit", type=click.IntRange(1, 1000), default=100, show_default=True)
+@shared
+@pass_session
+def jobs(session: Session, state: str | None, task: str | None, limit: int) -> None:
+    """List jobs, the youngest first."""
+    words = ["JOBS", "LIMIT", str(limit)]
+    for key, value in (("STATE", state), ("TASK", task)):
+        if value is not None:
+            words += [key, value]
+    session.show("jobs", session.ask_json(*words))
+
+
+@click.command()
+@click.argument("id")
+@shared
+@pass_session
+def job(session: Session, id: str) -> None:
+    """Show one job with its attempts and the end of its output."""
+    row = session.ask_json("JOB", id)
+    if session.json:
+        session.print_json(row)
+        return
+    from taskd.ctl import tables
+
+    tables.draw_job(row)
+
+
+@click.command(epilog=WAIT_CODES)
+@click.argument("task", shell_complete=names_of("TASKS"))
+@click.argument("body", required=False)
+@click.option("--queue", "-q", shell_complete=names_of("QUEUES"), help="The queue to put it on.")
+@click.option("--id", help="The job's id; else it gets one.")
+@click.option("--wait", "-w", is_flag=True, help="Follow the job, and exit as it does.")
+@shared
+@pass_session
+def submit(
+    session: Session, task: str, body: str | None, queue: str | None, id: str | None, wait: bool
+) -> None:
+    """Put a message on a queue and print the job's id.
+
+    BODY is the message itself, @FILE for a file's content, or - for standard input.
+    """
+    data = _read_body(body)
+    options = ["QUEUE", queue] if queue is not None else []
+    if wait:
+        _submit_and_wait(session, id or os.urandom(16).hex(), task, data, options)
+        return
+    if id is not None:
+        options += ["ID", id]
+    answer = session.ask_json("SUBMIT", task, *([] if data is None else [data]), *options)
+    if session.json:
+        session.print_json(answer)
+    else:
+        click.echo(answer["id"])
+
+
+def _read_body(body: str | None) -> bytes | None:
+    if body is None:
+        return None
+    if body == "-":
+        return sys.stdin.buffer.read()
+    if body.startswith("@"):
+        try:
+            return Path(body[1:]).read_bytes()
+        except OSError as error:
+            raise click.BadParameter(f"{body[1:]}: {error.strerror}", param_hint="BODY") from None
+    return os.fsencode(body)
+
+
+def _submit_and_wait(
+    session: Session, id: str, task: str, body: bytes | None, options: list[str]
+) -> None:
+    from taskd.ctl.follow import Follower
+    from taskd.ctl.screen import Screen, exit_code
+
+    follower = Follower(session.path, id, Screen(as_json=session.json))
+    try:
+        last = follower.submit(task, body, *options)
+    except Unreachable as error:
+        raise Unreachable(f"{error}; the job goes on without us: taskctl job {id}") from None
+    except KeyboardInterrupt:
+        click.echo(f"taskctl: the job goes on: taskctl output -f {id}", err=True)
+        sys.exit(EX_INTERRUPTED)
+    sys.exit(exit_code(last))
+
+
+@click.command()
+@click.argument("id")
+@click.option("--follow", "-f", is_flag=True, help="Go on until the job has ended.")
+@shared
+@pass_session
+def output(session: Session, id: str, follow: bool) -> None:
+    """Print what a job's last attempt said."""
+    from taskd.ctl.screen import Screen
+
+    screen = Screen(as_json=session.json)
+    if not follow:
+        from taskd.ctl.follow import content
+
+        answer = session.ask_json("OUTPUT", id)
+        if session.json:
+            session.print_json(answer)
+        else:
+            screen.on_output(content(answer))
+        return
+    from taskd.ctl.follow import Follower
+
+    try:
+        Follower(session.path, id, screen).join()
+    except KeyboardInterrupt:
+        sys.exit(EX_INTERRUPTED)
+
+
+@click.command()
+@click.argument("ids", metavar="ID...", nargs=-1, required=True)
+@shared
+@pass_session
+def cancel(session: Session, ids: tuple[str, ...]) -> None:
+    """End jobs for good, wherever they are."""
+    _for_each(session, "CANCEL", ids)
+
+
+@click.command()
+@click.argument("ids", metavar="ID...", nargs=-1, required=True)
+@shared
+@pass_session
+def retry(session: Session, ids: tuple[str, ...]) -> None:
+    """Send finished jobs back to their queues."""
+    _for_each(session, "RETRY", ids)
+
+
+def _for_each(session: Session, verb: str, ids: tuple[str, ...]) -> None:
+    connection = session.connect()
+    results: list[dict[str, Any]] = []
+    for id in ids:
+        try:
+            results.append({"id": id, "result": connection.ask(verb, id)})
+        except Refused as error:
+            results.append({"id": id, "error": str(error)})
+    _tell_results(session, results)
+
+
+def _tell_results(session: Session, results: list[dict[str, Any]]) -> None:
+    if session.json:
+        session.print_json(results)
+    else:
+        for result in results:
+            if "error" in result:
+                click.echo(f"taskctl: {result['error']}", err=True)
+            else:
+                click.echo(f"{result['id']}: {result['result']}")
+    if any("error" in result for result in results):
+        sys.exit(EX_REFUSED)
+
+
+@click.group(invoke_without_command=True)
+@click.option("--limit", type=click.IntRange(1, 1000), default=100, show_default=True)
+@shared
+@click.pass_context
+def dead(context: click.Context, limit: int) -> None:
+    """List the dead letters, or send some back."""
+    if context.invoked_subcommand is None:
+        session = context.find_root().ensure_object(Session)
+        session.show("jobs", session.ask_json("DEAD", "LIMIT", str(limit)))
+
+
+@dead.command("retry")
+@click.argument("ids", metavar="ID...", nargs=-1, required=True)
+@shared
+@pass_session
+def dead_retry(session: Session, ids: tuple[str, ...]) -> None:
+    """Send dead letters back to their queues."""
+    connection = session.connect()
+    results: list[dict[str, Any]] = []
+    for start in range(0, len(ids), IDS_PER_REQUEST):
+        batch = ids[start : start + IDS_PER_REQUEST]
+        results += connection.ask_json("DEAD", "RETRY", *batch)
+    _tell_results(session, results)
+
+
+COMMANDS = (jobs, job, submit, output, cancel, retry, dead)
