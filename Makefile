@@ -1,0 +1,46 @@
+# Two commands matter: `make demo` shows real work done, `make test` passes every test.
+# Each first installs what this machine lacks (.ci/provision, .ci/venv).
+
+.PHONY: demo test lint bench clean provision-demo provision-test
+.NOTPARALLEL:
+
+# Tests that may not run beside each other share an xdist_group.
+PYTEST := -m pytest -n $(shell nproc) --dist loadgroup
+
+demo: .venv/installed
+	packaging/examples/demo
+
+test: lint .venv-floor/installed
+	.venv/bin/python $(PYTEST)
+	.venv-floor/bin/python $(PYTEST) --debian
+
+lint: .venv/installed-test
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy
+
+bench: .venv/installed-test
+	.venv/bin/python -m bench
+
+clean:
+	rm -rf .venv .venv-floor .cache .pytest_cache .mypy_cache .ruff_cache build dist var
+	find . -name __pycache__ -prune -exec rm -rf {} +
+	rm -rf src/*.egg-info
+
+provision-demo:
+	.ci/provision demo
+
+provision-test:
+	.ci/provision demo test
+
+.venv/installed: pyproject.toml | provision-demo
+	.ci/venv newest .venv
+	touch $@
+
+.venv/installed-test: pyproject.toml | provision-test
+	.ci/venv newest .venv test
+	touch $@ .venv/installed
+
+.venv-floor/installed: pyproject.toml | provision-test
+	.ci/venv debian .venv-floor test
+	touch $@
