@@ -10,17 +10,21 @@ thread may call.
 
 import heapq
 import os
-import selectors
+import select
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 
-# What one pass runs of each kind before it looks at the descriptors again.
+# What one pass serves of each kind before it looks again.
 CALLBACKS_PER_PASS = 256
+EVENTS_PER_PASS = 256
 # Cancelled timers stay in the heap until they come up. A job's timeout lies half an hour ahead
 # and is nearly always cancelled, so the heap is swept when most of it is dead.
 SWEEP_ABOVE = 512
+
+# epoll refuses more than 2**31 ms, which a timer of a month exceeds; waking once a day is cheap.
+WAIT_MAX = 86400.0
 
 Handler = Callable[[int, int], None]
 
@@ -49,23 +53,26 @@ class Timer:
 
 
 class _Watch:
-    __slots__ = ("events", "handler")
+    __slots__ = ("born", "events", "handler")
 
-    def __init__(self, handler: Handler, events: int) -> None:
+    def __init__(self, handler: Handler, events: int, born: int) -> None:
         self.handler = handler
         self.events = events
+        self.born = born  # in which pass
 
 
 class Loop:
-    READ = selectors.EVENT_READ
-    WRITE = selectors.EVENT_WRITE
-    # `selectors` reports an error as readable and writable, so nobody needs to ask for it.
+    READ = select.EPOLLIN
+    WRITE = select.EPOLLOUT
+    # An error or a hang-up is reported as readable and writable: reading or writing tells more.
     ERROR = 0
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.now = clock
-        self._selector = selectors.DefaultSelector()
+        # Not `selectors`: its bookkeeping costs more than the system call, three times a child.
+        self._epoll = select.epoll()
         self._watches: dict[int, _Watch] = {}
+        self._pass = 0
         self._timers: list[Timer] = []
         self._cancelled = 0
         self._callbacks: deque[Callable[[], None]] = deque()
@@ -81,13 +88,14 @@ class Loop:
         self._running = True
         while self._running:
             self.run_once()
+        self._run_hooks()
 
     def stop(self) -> None:
         self._running = False
 
     def close(self) -> None:
         if self._wake_fd >= 0:
-            self._selector.close()
+            self._epoll.close()
             os.close(self._wake_fd)
             self._wake_fd = -1
 
@@ -124,40 +132,50 @@ class Loop:
 
     def add_handler(self, fd: int, handler: Handler, events: int) -> None:
         """Call `handler(fd, events)` when `fd` is ready for any of `events`."""
-        watch = _Watch(handler, events)
-        self._selector.register(fd, events, watch)
-        self._watches[fd] = watch
+        self._epoll.register(fd, events)
+        self._watches[fd] = _Watch(handler, events, self._pass)
 
     def update_handler(self, fd: int, events: int) -> None:
         watch = self._watches[fd]
         if watch.events != events:
             watch.events = events
-            self._selector.modify(fd, events, watch)
+            self._epoll.modify(fd, events)
 
     def remove_handler(self, fd: int) -> None:
-        """Stop watching. Its handler is not called again, not even for an event of this pass."""
+        """Stop watching. Its handler is not called again, not even for an event of this pass.
+
+        To be called before `fd` is closed: closing it is not enough, since a child that is just
+        being born holds a copy until its exec, and epoll goes on reporting the number.
+        """
         del self._watches[fd]
-        self._selector.unregister(fd)
+        self._epoll.unregister(fd)
 
     # One pass
 
     def run_once(self) -> None:
         """Wait for the next event or deadline, and serve what is due."""
+        self._run_hooks()
+        self._pass += 1
+        for fd, events in self._epoll.poll(self._patience(), EVENTS_PER_PASS):
+            watch = self._watches.get(fd)
+            # A handler earlier in this batch may have removed this one, and even have opened
+            # another file under the same number: pika raises KeyError if it is called then.
+            if watch is None or watch.born == self._pass:
+                continue
+            if events & ~(self.READ | self.WRITE):
+                events |= self.READ | self.WRITE
+            events &= watch.events
+            if events:
+                watch.handler(fd, events)
+        self._run_timers()
+        for _ in range(min(len(self._callbacks), CALLBACKS_PER_PASS)):
+            self._callbacks.popleft()()
+
+    def _run_hooks(self) -> None:
         while self._before_wait:
             hooks, self._before_wait = self._before_wait, []
             for hook in hooks:
                 hook()
-        for key, events in self._selector.select(self._patience()):
-            watch = key.data
-            # A handler earlier in this batch may have removed this one, and even have opened
-            # another file under the same number: pika raises KeyError if it is called then.
-            if self._watches.get(key.fd) is watch:
-                events &= watch.events
-                if events:
-                    watch.handler(key.fd, events)
-        self._run_timers()
-        for _ in range(min(len(self._callbacks), CALLBACKS_PER_PASS)):
-            self._callbacks.popleft()()
 
     def _patience(self) -> float | None:
         if self._callbacks or not self._running:
@@ -166,7 +184,7 @@ class Loop:
         while timers and timers[0].callback is None:
             heapq.heappop(timers)
             self._cancelled -= 1
-        return max(0.0, timers[0].when - self.now()) if timers else None
+        return min(max(0.0, timers[0].when - self.now()), WAIT_MAX) if timers else None
 
     def _run_timers(self) -> None:
         timers = self._timers
@@ -186,7 +204,8 @@ class Loop:
     def _on_cancel(self) -> None:
         self._cancelled += 1
         if self._cancelled > SWEEP_ABOVE and self._cancelled * 2 > len(self._timers):
-            self._timers = [timer for timer in self._timers if timer.callback is not None]
+            # In place: `_run_timers` may be in the midst of this very list.
+            self._timers[:] = [timer for timer in self._timers if timer.callback is not None]
             heapq.heapify(self._timers)
             self._cancelled = 0
 
