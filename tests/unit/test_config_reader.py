@@ -178,6 +178,7 @@ def test_every_problem_of_every_file_is_told_at_once(write: Write) -> None:
         (TASK + QUEUE + "declare = x\n", '5: [queue:q] declare: "x" is neither yes nor no'),
         (TASK + "[queue:q]\n", "3: [queue:q] url: is missing, and has no default"),
         (TASK + "[queue:q]\nurl = amq://h\n", "4: [queue:q] url: amq: is not a kind of queue; use"),
+        (TASK + "[queue:q]\nurl = amqp\n", "4: [queue:q] url: this is not a URL; use amqp://"),
         (TASK + "[queue:q]\nurl = localhost\n", "4: [queue:q] url: this is not a URL; use amqp://"),
         (TASK + "[queue:q]\nurl = embedded:x\n", "4: [queue:q] url: embedded: is not a kind of qu"),
         (TASK + "[queue:q]\nurl = amqp://h:x/\n", "4: [queue:q] url: the URL's host and port cann"),
@@ -320,6 +321,28 @@ def test_a_program_is_looked_up_on_the_tasks_own_path(write: Write, tmp_path: Pa
     assert problems(write(text))[0] == (
         "5: [task:t] command: only-here is not an executable file, or not for the user of taskd"
     )
+
+
+def test_a_value_in_error_makes_no_other_problem(write: Write) -> None:
+    missing = 'the environment variable "NONE" is not set'
+    text = "[taskd]\ncontrol_tcp = h:80\ncontrol_password = ${env:NONE}\n"
+    assert problems(write(text)) == [f"3: [taskd] control_password: {missing}"]
+    text = f"{TASK}{QUEUE}tasks = ${{env:NONE}}\n"
+    assert problems(write(text)) == [f"5: [queue:q] tasks: {missing}"]
+
+
+def test_lengths_end_where_the_kernel_and_amqp_end_them(write: Write) -> None:
+    path = f"/{'x' * 106}"
+    assert read(write(f"[taskd]\ncontrol = {path}\n"), {}).settings.control == Path(path)
+    queue = f"{TASK}[queue:q]\nurl = amqp://h\nname = {'ü' * 115}"
+    assert read(write(f"{queue}\n"), {}).queues["q"].broker_name == "ü" * 115
+    assert problems(write(f"{queue}x\n")) == [
+        "5: [queue:q] name: the name is too long; the most is 230 bytes"
+    ]
+
+
+def test_a_retry_delay_may_be_as_long_as_the_longest(write: Write) -> None:
+    assert read(write(f"{QUEUE}{TASK}retry_delay = 1h\n"), {}).tasks["t"].retry_delay == 3600
 
 
 def test_an_environment_in_error_hides_whether_the_program_is_there(write: Write) -> None:

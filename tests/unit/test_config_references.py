@@ -180,6 +180,12 @@ def test_a_credential_without_systemd_says_what_the_unit_lacks(configure: Config
         configure(queue="url = amqp://u:${credential:rabbitmq}@mq")
 
 
+def test_a_reference_to_an_unknown_option_makes_no_other_problem(configure: Configure) -> None:
+    with pytest.raises(ConfigError) as caught:
+        configure(task="command = true ${task:t:place}\nplace = /x")
+    assert [problem.key for problem in caught.value.problems] == ["place"]
+
+
 def test_references_in_a_circle_are_an_error_of_each_option_in_it(configure: Configure) -> None:
     with pytest.raises(ConfigError) as caught:
         configure(

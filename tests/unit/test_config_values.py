@@ -87,6 +87,7 @@ def test_a_span_is_shown_as_it_would_be_written(seconds: float | None, text: str
         ("8 M", 8 << 20, "8M"),
         ("1.5G", 1536 << 20, "1536M"),
         ("2T", 2 << 40, "2T"),
+        ("1048576T", 1 << 60, "1048576T"),
         ("512KB", 512 << 10, "512K"),
         ("1000B", 1000, "1000"),
     ],
@@ -139,7 +140,9 @@ def test_an_address_is_a_host_and_a_port(text: str) -> None:
     assert values.parse_address(text) == text
 
 
-@pytest.mark.parametrize("text", ["localhost", ":80", "::1:80", "h:0", "h:65536", "h:x", "h:-1"])
+@pytest.mark.parametrize(
+    "text", ["localhost", ":80", "::1:80", "[::1:80", "::1]:80", "h:0", "h:65536", "h:x", "h:-1"]
+)
 def test_another_address_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="HOST:PORT"):
         values.parse_address(text)
@@ -177,4 +180,5 @@ def test_the_nearest_name_is_found_whatever_its_case() -> None:
 
 def test_a_quoted_text_is_one_short_line() -> None:
     assert values.quoted('a "b"\n') == r'"a \"b\"\n"'
+    assert values.quoted("ü") == '"ü"'
     assert len(values.quoted("x" * 1000)) < 70

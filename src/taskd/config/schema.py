@@ -110,7 +110,7 @@ def _queue_url(url: str) -> str:
         raise ValueError("redis is not supported yet; use amqp://, amqps:// or embedded:")
     if url == "embedded:":
         return url
-    if not separator or ":" in scheme or scheme not in _BROKERS:
+    if not separator or scheme not in _BROKERS:
         # No more than the scheme is said: the rest may hold a password.
         known = re.match(r"[A-Za-z][A-Za-z0-9+.-]*(?=:)", url)
         what = f"{known[0]}: is not a kind of queue" if known else "this is not a URL"

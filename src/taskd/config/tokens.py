@@ -43,7 +43,6 @@ class _Parser(configparser.RawConfigParser):
             delimiters=("=",),
             comment_prefixes=("#", ";"),
             inline_comment_prefixes=None,
-            strict=False,
             default_section="",  # [DEFAULT] is a section like any other, and unknown
         )
         self._line = 0
