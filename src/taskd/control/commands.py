@@ -324,7 +324,7 @@ class _Words:
             elif key in flags:
                 found[key] = ""
             else:
-                raise RequestError(f"{self._verb} has no option '{key}'")
+                raise RequestError(f"{self._verb} has no option '{key[:64]}'")
         return found
 
     def end(self) -> None:
