@@ -26,14 +26,13 @@ from taskd.config.values import format_span
 from taskd.control import commands
 from taskd.control.desk import Desk
 from taskd.control.server import Server
-from taskd.errors import ConfigError, StoreAway
+from taskd.errors import ConfigError
 from taskd.journal import MessageId
 from taskd.kernel.loop import Loop, Timer
 from taskd.kernel.process import become_subreaper, seal_descriptors
 from taskd.kernel.signals import SignalFd
 from taskd.service import Service
 from taskd.states import DAEMON_MOVES, DaemonState, StoreState, move
-from taskd.store import statements
 from taskd.store.recorder import Recorder
 from taskd.store.retention import Retention
 from taskd.work.events import Events
@@ -122,7 +121,6 @@ class Daemon:
         self.intake.hold(STORE)
         self.retention = Retention(self.loop, self.recorder, config.settings.keep_jobs)
         self._server = self._listen()
-        self._recovered = False
         self._ready = False
         self._telling = False
         self._quitting: Timer | None = None
@@ -179,10 +177,7 @@ class Daemon:
         match state:
             case StoreState.UP:
                 journal.event(log, logging.INFO, MessageId.STORE_BACK, b"", "store: up")
-                if self._recovered or not self.recorder.private:
-                    self._open_store()
-                else:
-                    self.recorder.ask(statements.recover(), self._on_recovered)
+                self._open_store()
             case StoreState.AWAY:
                 journal.event(
                     log,
@@ -195,15 +190,13 @@ class Daemon:
                 self.intake.hold(STORE)
         self._announce()
 
-    def _on_recovered(self, count: int | StoreAway) -> None:
-        if isinstance(count, StoreAway):
-            return  # it is reported as away, and this comes again when it is back
-        self._recovered = True
-        if count:
-            log.warning("store: %d jobs were interrupted by the end of an earlier daemon", count)
-        self._open_store()
-
     def _open_store(self) -> None:
+        if self.recorder.recovered:
+            log.warning(
+                "store: %d jobs were interrupted by the end of an earlier daemon",
+                self.recorder.recovered,
+            )
+            self.recorder.recovered = 0
         self.intake.release(STORE)
         self.retention.start()
         self._tell()

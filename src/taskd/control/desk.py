@@ -13,7 +13,7 @@ from taskd.config.schema import Config, Queue, Task
 from taskd.errors import Rejected, RequestError, StoreAway
 from taskd.queues.delivery import Delivery, Message
 from taskd.states import FINAL, JobState
-from taskd.store import interventions, statements
+from taskd.store import statements
 from taskd.store.recorder import Recorder
 from taskd.work import message
 from taskd.work.events import Events
@@ -79,12 +79,12 @@ class Desk:
         then: Callable[[list[Row] | Exception], None],
     ) -> None:
         """The youngest jobs, without payload and output."""
-        question = statements.jobs(state=state, task=task, limit=limit)
+        question = partial(statements.jobs, state=state, task=task, limit=limit)
         self._recorder.ask(question, _answer(then))
 
     def dead(self, limit: int, then: Callable[[list[Row] | Exception], None]) -> None:
         """The youngest jobs that lie in the dead letters."""
-        self._recorder.ask(statements.dead(limit), _answer(then))
+        self._recorder.ask(partial(statements.dead, limit=limit), _answer(then))
 
     def job(self, id: str, then: Callable[[Row | Exception | None], None]) -> None:
         """One job with its attempts; what is alive of it is as of now."""
@@ -98,7 +98,7 @@ class Desk:
                     row["output_tail"] = job.child.output.tail()
             _answer(then)(row)
 
-        self._recorder.ask(statements.job(id), on_row)
+        self._recorder.ask(partial(statements.job, id=id), on_row)
 
     def output(
         self, id: str, offset: int, follow: bool, then: Callable[[Chunk | Exception], None]
@@ -107,7 +107,9 @@ class Desk:
         come any more."""
         output = self._pool.output(id)
         if output is None:
-            self._recorder.ask(statements.job(id), partial(self._on_output_row, id, offset, then))
+            self._recorder.ask(
+                partial(statements.job, id=id), partial(self._on_output_row, id, offset, then)
+            )
         elif follow and offset >= output.total and not output.ended:
             output.wait(lambda: self.output(id, offset, follow, then))
         else:
@@ -173,7 +175,7 @@ class Desk:
             else:
                 then("cancelled")
 
-        self._recorder.ask(interventions.cancel(id), on_cancelled)
+        self._recorder.ask(partial(statements.cancel, id=id), on_cancelled)
 
     def retry(self, id: str, then: Callable[[str | Exception], None]) -> None:
         """Send a finished job back to its queue; `then` gets its id."""
@@ -191,7 +193,7 @@ class Desk:
         if id in self._pool.jobs:
             raise RequestError(f"job {id} has not ended")
         names = tuple(self._daemon.config.queues)
-        self._recorder.ask(interventions.send_back(id, names), on_row)
+        self._recorder.ask(partial(statements.send_back, id=id, queues=names), on_row)
 
     def _send_back(self, row: Mapping[str, Any], then: Callable[[str | Exception], None]) -> None:
         """The row says queued again; a broker needs the message too."""

@@ -15,6 +15,7 @@ from taskd.store.recorder import Recorder
 log = logging.getLogger(__name__)
 
 SLICE = 500
+
 # Between two slices, so that the recorder's other work comes first.
 BREATH = 0.05
 # Looks are gathered: a store full of jobs that come of age one by one is swept once a minute.

@@ -155,7 +155,7 @@ class Pool:
     def _ask(self) -> None:
         asked, self._asked = self._asked, []
         ids = [job.id for job in asked]
-        self._recorder.ask(statements.find(ids), partial(self._on_found, asked))
+        self._recorder.ask(partial(statements.find, ids=ids), partial(self._on_found, asked))
 
     def _on_found(self, asked: list[Job], found: Mapping[str, Any] | StoreAway) -> None:
         for job in asked:
@@ -209,7 +209,7 @@ class Pool:
             self._record_rejection(delivery, message.new_id(), reason)
         else:
             self._recorder.ask(
-                statements.find([id]),
+                partial(statements.find, ids=[id]),
                 partial(self._on_found_rejected, delivery, id, reason),
             )
 

@@ -37,6 +37,7 @@ FIRST_PAUSE = 0.5
 LONGEST_PAUSE = 30.0
 
 _HEADER_FRAME = 2
+_BODY_FRAME = 3
 _FRAME_START = struct.Struct(">BHL")
 # Class, weight and body size, before the properties.
 _HEADER_START = struct.Struct(">HHQ")
@@ -288,18 +289,21 @@ class _Connection(pika.SelectConnection):  # type: ignore[misc]
     """pika's connection, with two things of its inside replaced; both versions have them."""
 
     def _read_frame(self) -> Any:
-        """Header frames are read by us: see `properties`."""
+        """Header frames are read by us, as `properties` explains; bodies, as they are no more."""
         buffer = self._frame_buffer
-        if buffer[:1] != b"\x02" or len(buffer) < _FRAME_START.size:
-            return super()._read_frame()
-        _, channel, size = _FRAME_START.unpack_from(buffer)
+        if len(buffer) < _FRAME_START.size or buffer[0] not in (_HEADER_FRAME, _BODY_FRAME):
+            return frame.decode_frame(buffer)
+        kind, channel, size = _FRAME_START.unpack_from(buffer)
         end = _FRAME_START.size + size
         if len(buffer) <= end:
             return 0, None
-        if buffer[end] != _FRAME_END or size < _HEADER_START.size:
-            raise exceptions.InvalidFrameError("not a header frame")
-        _, _, body_size = _HEADER_START.unpack_from(buffer, _FRAME_START.size)
-        properties = Properties.decode(buffer[_FRAME_START.size + _HEADER_START.size : end])
+        if buffer[end] != _FRAME_END:
+            raise exceptions.InvalidFrameError("no frame end where it should be")
+        payload = buffer[_FRAME_START.size : end]
+        if kind == _BODY_FRAME:
+            return end + 1, frame.Body(channel, payload)
+        _, _, body_size = _HEADER_START.unpack_from(payload)
+        properties = Properties.decode(payload[_HEADER_START.size :])
         return end + 1, frame.Header(channel, body_size, properties)
 
     def _on_data_available(self, data: bytes) -> None:
