@@ -24,7 +24,8 @@ class Problem:
         place = f"{self.file}:{self.line}" if self.line else self.file
         section = f" [{self.section}]" if self.section else ""
         key = f" {self.key}" if self.key else ""
-        return f"{place}:{section}{key}: {self.text}"
+        colon = ":" if section or key else ""
+        return f"{place}:{section}{key}{colon} {self.text}"
 
 
 class ConfigError(Exception):

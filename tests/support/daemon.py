@@ -19,7 +19,7 @@ SOURCE = Path(__file__).parents[2] / "src"
 class Taskd:
     """`with Taskd(tmp_path, CONFIG) as taskd:` is ready inside, and gone afterwards.
 
-    In the configuration `{dir}` is the directory of the test. The log goes to `log`.
+    In the configuration `@dir@` is the directory of the test. The log goes to `log`.
     """
 
     def __init__(self, directory: Path, config: str, **environ: str) -> None:
@@ -45,7 +45,7 @@ class Taskd:
         """Set the configuration; the store and the control socket are the test's."""
         head = "[taskd]\n"
         own = f"store = sqlite:///{self.database}\ncontrol = {self.socket}\n"
-        text = config.replace("{dir}", str(self.directory))
+        text = config.replace("@dir@", str(self.directory))
         body = text.replace(head, head + own, 1) if head in text else head + own + text
         self.config.write_text(body)
 
