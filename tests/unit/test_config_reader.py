@@ -42,7 +42,7 @@ def problems(path: Path, environ: Mapping[str, str] | None = None) -> list[str]:
     lines = str(caught.value).split("\n")
     assert lines == [str(problem) for problem in caught.value.problems]
     # Where there is neither a section nor a key, the place and the sentence are what matters.
-    shown = [line.replace(f"{path.parent}/", "").replace("::", ":", 1) for line in lines]
+    shown = [line.replace(f"{path.parent}/", "") for line in lines]
     return [re.sub(r"^taskd\.conf:(?=\d)", "", line) for line in shown]
 
 
