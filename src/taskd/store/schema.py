@@ -1,0 +1,245 @@
+"""Schema: the tables, and how a database gets them.
+
+Table `jobs` is the interface to front ends, the same on every database. A front end in any
+language reads it, and puts work on the embedded queue with
+`INSERT INTO jobs (id, task) VALUES (...)`: whatever else a row needs, the database itself fills
+in. `payload` left out is an empty body; `queue` left out is the first embedded queue of the
+configuration that allows the task, or the first of all where none does; `run_after` left out is
+now.
+
+Times are UTC in the database's own timestamp type and, in Python, `datetime` without a timezone,
+both ways. SQLite has no such type: there they are text, `YYYY-MM-DD HH:MM:SS.ffffff`, which is
+what SQLAlchemy, Django and SQLite's own datetime() write. ISO 8601 with `T`, `Z` or an offset is
+understood where a front end writes it.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import mysql, sqlite
+from sqlalchemy.engine import Connection, Dialect
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.expression import FunctionElement
+
+from taskd.errors import StoreAway
+from taskd.states import FINAL, JobState
+
+EPOCH = datetime(1970, 1, 1)
+WAITING = (JobState.QUEUED, JobState.RETRYING)
+
+
+def now() -> datetime:
+    """The time, as rows have it."""
+    return datetime.now(UTC).replace(tzinfo=None)
+
+
+def moment(unix_time: float) -> datetime:
+    """A Unix time, as rows have it."""
+    return EPOCH + timedelta(seconds=unix_time)
+
+
+def unix_time(moment: datetime) -> float:
+    """The Unix time of what a row has."""
+    return (moment - EPOCH).total_seconds()
+
+
+def stamp(moment: datetime) -> str:
+    """A time as SQLite keeps it: always 26 characters, so that it sorts as text."""
+    return moment.isoformat(" ", "microseconds")
+
+
+def cleaned(text: str) -> str:
+    """`text` without what a text column cannot hold: NUL and lone surrogates become U+FFFD."""
+    if not text.isascii():
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text.replace("\0", "\ufffd") if "\0" in text else text
+
+
+def _read_stamp(value: Any) -> Any:
+    """A time that somebody put there; what is none is handed on as it is."""
+    try:
+        moment = datetime.fromisoformat(value)
+    except (TypeError, ValueError):
+        return value
+    return moment if moment.tzinfo is None else moment.astimezone(UTC).replace(tzinfo=None)
+
+
+# SQLite keeps in a column whatever it is given. SQLAlchemy's own types raise on the first value
+# that does not fit (1.4 even reads `.5` as 5 microseconds), and one strange row of a front end
+# would then end every query it is part of. These two hand on what they cannot read.
+class _Stamp(sqlite.DATETIME):
+    def bind_processor(self, dialect: Dialect) -> Callable[[Any], Any]:
+        return lambda value: value if value is None else stamp(value)
+
+    def result_processor(self, dialect: Dialect, coltype: object) -> Callable[[Any], Any]:
+        return _read_stamp
+
+
+class _Bytes(sa.LargeBinary):
+    """A front end that inserts its payload as a string means the string's bytes."""
+
+    def result_processor(self, dialect: Dialect, coltype: object) -> Callable[[Any], Any]:
+        return lambda value: value.encode() if isinstance(value, str) else value
+
+
+class _UtcNow(FunctionElement):  # type: ignore[type-arg]  # 1.4 has no parameter here
+    """The database's own clock, as the columns have it."""
+
+    type = sa.DateTime()
+    inherit_cache = True
+    name = "utc_now"
+
+
+@compiles(_UtcNow)
+def _standard_now(element: Any, compiler: Any, **options: Any) -> str:
+    return "timezone('utc', now())"
+
+
+@compiles(_UtcNow, "sqlite")
+def _sqlite_now(element: Any, compiler: Any, **options: Any) -> str:
+    return "strftime('%Y-%m-%d %H:%M:%f000', 'now')"
+
+
+@compiles(_UtcNow, "mysql", "mariadb")
+def _mysql_now(element: Any, compiler: Any, **options: Any) -> str:
+    return "(utc_timestamp(6))"
+
+
+def _variants(standard: Any, *, mysql_type: Any, sqlite_type: Any = None) -> Any:
+    for dialect, other in (("mysql", mysql_type), ("mariadb", mysql_type), ("sqlite", sqlite_type)):
+        if other is not None:
+            standard = standard.with_variant(other, dialect)
+    return standard
+
+
+_MOMENT = _variants(sa.DateTime(), mysql_type=mysql.DATETIME(fsp=6), sqlite_type=_Stamp())  # type: ignore[no-untyped-call]
+_BINARY = _variants(sa.LargeBinary(), mysql_type=mysql.LONGBLOB(), sqlite_type=_Bytes())
+_TEXT = _variants(sa.Text(), mysql_type=mysql.MEDIUMTEXT())
+# MariaDB compares text without regard to case unless told otherwise: job `a` would be job `A`.
+_OPTIONS: dict[str, Any] = {
+    f"{dialect}_{option}": value
+    for dialect in ("mysql", "mariadb")
+    for option, value in (("charset", "utf8mb4"), ("collate", "utf8mb4_bin"), ("engine", "InnoDB"))
+}
+
+
+def _outcome() -> list[sa.Column[Any]]:
+    """What a job and each of its attempts have in common."""
+    return [
+        sa.Column("reason", _TEXT),
+        sa.Column("host", sa.String(255)),
+        sa.Column("pid", sa.Integer),
+        sa.Column("started_at", _MOMENT),
+        sa.Column("finished_at", _MOMENT),
+        sa.Column("exit_code", sa.Integer),
+        sa.Column("signal", sa.Integer),
+        sa.Column("cpu_seconds", sa.Float(53)),
+        sa.Column("memory_peak", sa.BigInteger),
+        sa.Column("output_tail", _BINARY),
+    ]
+
+
+metadata = sa.MetaData()
+
+jobs = sa.Table(
+    "jobs",
+    metadata,
+    sa.Column("id", sa.String(255), primary_key=True),
+    sa.Column("task", sa.String(255), nullable=False),
+    sa.Column("queue", sa.String(255)),
+    sa.Column("state", sa.String(16), nullable=False, server_default=JobState.QUEUED.value),
+    sa.Column("attempt", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("payload", _BINARY),
+    sa.Column("submitted_at", _MOMENT, nullable=False, server_default=_UtcNow()),
+    sa.Column("priority", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("run_after", _MOMENT),
+    sa.Column("progress", sa.Float(53)),
+    sa.Column("status", _TEXT),
+    sa.Column("result", _TEXT),
+    sa.Column("message_id", sa.String(255)),
+    # Attempts that the daemon's own death ended, and retries used: neither counts as the other.
+    sa.Column("crashes", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("retries", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("claimed_by", sa.String(255)),
+    sa.Column("dead", sa.Boolean, nullable=False, server_default=sa.false()),
+    *_outcome(),
+    **_OPTIONS,
+)
+
+attempts = sa.Table(
+    "attempts",
+    metadata,
+    sa.Column("job_id", sa.String(255), primary_key=True),
+    sa.Column("attempt", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("state", sa.String(16), nullable=False),
+    *_outcome(),
+    **_OPTIONS,
+)
+
+_version = sa.Table(
+    "taskd_schema",
+    metadata,
+    sa.Column("version", sa.Integer, primary_key=True, autoincrement=False),
+    **_OPTIONS,
+)
+
+
+def _among(states: Iterable[JobState]) -> str:
+    return "state IN ({})".format(", ".join(f"'{state.value}'" for state in sorted(states)))
+
+
+# Said in the same words by the indexes and by the questions, with nothing bound: SQLite uses a
+# partial index only for a query that repeats its condition.
+_WAITING = f"{_among(WAITING)} AND claimed_by IS NULL"
+_FINISHED = _among(FINAL)
+_DEAD = "dead IS TRUE"
+waiting = sa.text(_WAITING)
+finished = sa.text(_FINISHED)
+dead = sa.text(_DEAD)
+due_since = sa.func.coalesce(jobs.c.run_after, jobs.c.submitted_at)
+
+sa.Index("jobs_by_state", jobs.c.state, jobs.c.queue)
+sa.Index("jobs_by_age", jobs.c.submitted_at, jobs.c.state, jobs.c.task)
+sa.Index("jobs_finished", jobs.c.finished_at, sqlite_where=finished, postgresql_where=finished)
+sa.Index("jobs_dead", jobs.c.finished_at, sqlite_where=dead, postgresql_where=dead)
+# MariaDB has neither partial indexes nor expressions in them.
+_PARTIAL = f"(queue, priority DESC, coalesce(run_after, submitted_at)) WHERE {_WAITING}"
+_WHOLE = "(queue, state, claimed_by, priority, submitted_at)"
+for _dialect, _columns in (
+    ("sqlite", _PARTIAL),
+    ("postgresql", _PARTIAL),
+    ("mysql", _WHOLE),
+    ("mariadb", _WHOLE),
+):
+    _index: Any = sa.DDL(f"CREATE INDEX jobs_waiting ON jobs {_columns}")  # type: ignore[no-untyped-call]
+    sa.event.listen(jobs, "after_create", _index.execute_if(dialect=_dialect))
+
+Migration = Callable[[Connection], None]
+
+# MIGRATIONS[0] takes a database from version 1 to version 2, and so on.
+MIGRATIONS: tuple[Migration, ...] = ()
+
+
+def prepare(connection: Connection, *, migrations: Sequence[Migration] = MIGRATIONS) -> None:
+    """Make the tables, or bring older ones up to date, within the caller's transaction.
+
+    Raises StoreAway where the tables are of a newer taskd.
+    """
+    newest = 1 + len(migrations)
+    version = None
+    if sa.inspect(connection).has_table(_version.name):
+        version = connection.scalar(sa.select(_version.c.version))
+    if version is None:
+        metadata.create_all(connection)
+        connection.execute(sa.insert(_version).values(version=newest))
+    elif version > newest:
+        raise StoreAway(
+            f"the database has version {version} of the tables and this taskd knows them"
+            f" up to version {newest}: run the newer taskd, or name another database"
+        )
+    elif version < newest:
+        for migrate in migrations[version - 1 :]:
+            migrate(connection)
+        connection.execute(sa.update(_version).values(version=newest))

@@ -1,0 +1,352 @@
+"""Statements: the questions that may be put to the store, for `Recorder.ask`.
+
+Each takes a connection, on the recorder's thread and within a transaction, and the rest by
+keyword: `recorder.ask(partial(statements.find, ids=ids), then)`. Rows are dictionaries by column
+name, times as schema.py describes them. What is asked for may be anything that a message or a
+client said: text is cleaned and limits are bounded.
+"""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cache, partial
+from typing import Any, TypeVar
+
+import sqlalchemy as sa
+from sqlalchemy import exc
+from sqlalchemy.engine import Connection
+
+from taskd.states import FINAL, AttemptState, JobState
+from taskd.store import schema
+from taskd.store.schema import cleaned, now
+
+F = TypeVar("F", bound=Callable[..., Any])
+Row = dict[str, Any]
+
+MOST_ROWS = 10_000
+# Rows without a queue that are given theirs in one go: those that come first.
+ADOPTED_AT_ONCE = 500
+
+_job = schema.jobs.c
+SUMMARY = [column for column in _job if column.name not in ("payload", "output_tail")]
+# The columns of a claimed row, and what each must be for the row to be a job.
+CLAIMED: dict[str, Any] = {
+    "id": str,
+    "task": str,
+    "queue": str,
+    "state": str,
+    "attempt": int,
+    "retries": int,
+    "crashes": int,
+    "payload": bytes | None,
+    "priority": int,
+    "submitted_at": datetime,
+    "run_after": datetime | None,
+    "message_id": str | None,
+}
+
+
+_writing: set[Callable[..., Any]] = set()
+
+
+def _writes(question: F) -> F:
+    _writing.add(question)
+    return question
+
+
+def writes(question: Callable[..., Any]) -> bool:
+    """Whether it changes rows: such a question is put after all that waits is written."""
+    return (question.func if isinstance(question, partial) else question) in _writing
+
+
+@dataclass(frozen=True, slots=True)
+class Unnamed:
+    """Which of the rows that name no queue are for a queue: by their task."""
+
+    tasks: frozenset[str] = frozenset()
+    all_but: bool = True  # whether `tasks` are those that are not
+
+
+# For people and the pool
+
+
+def find(connection: Connection, *, ids: Collection[str]) -> dict[str, Row]:
+    """The rows of those jobs that are recorded, by id, without payload and output."""
+    wanted = [cleaned(id) for id in ids]
+    rows = connection.execute(sa.select(*SUMMARY).where(_job.id.in_(wanted)))
+    return {row["id"]: dict(row) for row in rows.mappings()}
+
+
+def job(connection: Connection, *, id: str) -> Row | None:
+    """All of one job, its attempts in order under `attempts`; None if there is no such job."""
+    runs = schema.attempts
+    row = _one(connection, sa.select(schema.jobs), id)
+    if row is None:
+        return None
+    mine = sa.select(runs).where(runs.c.job_id == cleaned(id)).order_by(runs.c.attempt)
+    return {**row, "attempts": [dict(run) for run in connection.execute(mine).mappings()]}
+
+
+def jobs(
+    connection: Connection, *, state: str | None = None, task: str | None = None, limit: int = 100
+) -> list[Row]:
+    """The jobs submitted last, newest first, without payload and output."""
+    statement = sa.select(*SUMMARY).order_by(_job.submitted_at.desc()).limit(_most(limit))
+    for column, wanted in (_job.state, state), (_job.task, task):
+        if wanted is not None:
+            # Inside coalesce() the column is out of reach of SQLite's planner, which would
+            # rather sort all the succeeded jobs there are than walk jobs_by_age backwards.
+            statement = statement.where(sa.func.coalesce(column, "") == cleaned(wanted))
+    return [dict(row) for row in connection.execute(statement).mappings()]
+
+
+def dead(connection: Connection, *, limit: int = 100) -> list[Row]:
+    """The jobs that lie in the dead letters, the last first, without payload and output."""
+    newest = _job.finished_at.desc()
+    statement = sa.select(*SUMMARY).where(schema.dead).order_by(newest).limit(_most(limit))
+    return [dict(row) for row in connection.execute(statement).mappings()]
+
+
+def counts(connection: Connection) -> list[tuple[str, str | None, int]]:
+    """How many jobs there are: (state, queue, number)."""
+    by = _job.state, _job.queue
+    rows = connection.execute(sa.select(*by, sa.func.count()).group_by(*by))
+    return [(state, queue, number) for state, queue, number in rows]
+
+
+@_writes
+def cancel(connection: Connection, *, id: str) -> Row | None:
+    """Cancel a job that waits and that nobody has claimed; its row as it is then, if any."""
+    connection.execute(
+        sa.update(schema.jobs)
+        .where(_job.id == cleaned(id), schema.waiting)
+        .values(state=JobState.CANCELLED.value, reason="cancelled", finished_at=now())
+    )
+    return _one(connection, sa.select(*SUMMARY), id)
+
+
+@_writes
+def send_back(connection: Connection, *, id: str, queues: Collection[str]) -> Row | str | None:
+    """Queue a finished job again, with all its retries; its attempts count on.
+
+    The row as it is then, with its payload; or why that can't be; or None if there is no job.
+    """
+    row = _one(connection, sa.select(schema.jobs), id)
+    if row is None:
+        return None
+    if row["state"] not in FINAL:
+        return f"job {id} is {row['state']}, it has not ended"
+    if row["queue"] not in queues:
+        return f"job {id} came from queue {row['queue']}, which is not configured any more"
+    again = {
+        "state": JobState.QUEUED.value,
+        "reason": None,
+        "finished_at": None,
+        "run_after": None,
+        "retries": 0,
+        "claimed_by": None,
+        "dead": False,
+    }
+    connection.execute(sa.update(schema.jobs).where(_job.id == row["id"]).values(again))
+    return {**row, **again}
+
+
+# For the embedded queue
+
+
+@_writes
+def enqueue(connection: Connection, *, row: Mapping[str, Any]) -> bool:
+    """Put a job into the store for an embedded queue; False if its id is taken."""
+    values = {
+        name: cleaned(value) if isinstance(value, str) and name != "id" else value
+        for name, value in row.items()
+    }
+    savepoint = connection.begin_nested()
+    try:
+        connection.execute(sa.insert(schema.jobs), [values])
+    except exc.IntegrityError:
+        savepoint.rollback()
+        return False
+    savepoint.commit()
+    return True
+
+
+@_writes
+def claim(
+    connection: Connection,
+    *,
+    queue: str,
+    room: int,
+    daemon_id: str,
+    unnamed: Unnamed | None = None,
+) -> list[Row]:
+    """Take up to `room` jobs that are due, the most urgent first, and mark them as claimed.
+
+    Whoever ends the attempt releases the claim: its last write carries `claimed_by` None. A row
+    that holds what its columns are not for (SQLite lets anyone put anything there) is rejected
+    here. The rows have the columns in CLAIMED.
+    """
+    dialect = connection.dialect.name
+    if unnamed is not None:
+        adopt = _adopt(unnamed.all_but)
+        connection.execute(adopt, {"its_queue": queue, "tasks": sorted(unnamed.tasks)})
+    moment: Any = schema.stamp(now()) if dialect == "sqlite" else now()
+    given = {"its_queue": queue, "moment": moment, "room": room}
+    found = [dict(row) for row in connection.execute(_due(dialect), given).mappings()]
+    rows = [row for row in found if not _unreadable(row)]
+    ids = [row["id"] for row in rows]
+    if len(rows) < len(found):
+        columns = sorted({name for row in found for name in _unreadable(row)})
+        _reject(connection, given, ids, f"unreadable: {', '.join(columns)}")
+    if rows:
+        connection.execute(_CLAIM, {"its_claimer": daemon_id, "ids": ids})
+    return rows
+
+
+@_writes
+def release(connection: Connection, *, claims: Mapping[str, int]) -> None:
+    """Give back claims, by job id, that were made when the row said so many attempts.
+
+    A row that says more has been worked on and released since, and may be claimed anew.
+    """
+    for id, attempt in claims.items():
+        connection.execute(_RELEASE, {"its_id": id, "its_attempt": attempt})
+
+
+# For the daemon
+
+
+@_writes
+def recover(connection: Connection) -> int:
+    """For a private store before anything else: what the last daemon was at when it died.
+
+    Its running attempts were interrupted, their jobs are queued again, nothing is claimed.
+    Returns how many jobs were running.
+    """
+    runs = schema.attempts
+    running = _job.state == JobState.RUNNING.value
+    last = sa.and_(
+        runs.c.state == AttemptState.RUNNING.value,
+        runs.c.job_id.in_(sa.select(_job.id).where(running)),
+    )
+    ended = {"state": AttemptState.INTERRUPTED.value, "reason": "the daemon died"}
+    connection.execute(sa.update(runs).where(last).values(**ended, finished_at=now()))
+    again = {"state": JobState.QUEUED.value, "crashes": _job.crashes + 1, "claimed_by": None}
+    found = connection.execute(sa.update(schema.jobs).where(running).values(again)).rowcount
+    waiting = _job.state.in_([state.value for state in schema.WAITING])
+    claimed = sa.and_(waiting, _job.claimed_by.is_not(None))
+    connection.execute(sa.update(schema.jobs).where(claimed).values(claimed_by=None))
+    return found
+
+
+@_writes
+def expire(connection: Connection, *, before: float, limit: int = 500) -> tuple[int, float | None]:
+    """Delete up to `limit` jobs that finished before then, with their attempts.
+
+    Returns how many there were, and when the oldest that remains finished. Unix times.
+    """
+    ended = _job.finished_at
+    oldest = (
+        sa.select(_job.id)
+        .where(schema.finished, ended < schema.moment(before))
+        .order_by(ended)
+        .limit(limit)
+        .subquery()
+    )
+    old = sa.select(oldest.c.id)
+    connection.execute(sa.delete(schema.attempts).where(schema.attempts.c.job_id.in_(old)))
+    count = connection.execute(sa.delete(schema.jobs).where(_job.id.in_(old))).rowcount
+    rest = sa.select(ended).where(schema.finished, ended.is_not(None))
+    remaining = connection.scalar(rest.order_by(ended).limit(1))
+    return count, schema.unix_time(remaining) if isinstance(remaining, datetime) else None
+
+
+# What they are made of
+
+
+def _most(limit: int) -> int:
+    return max(0, min(limit, MOST_ROWS))
+
+
+def _one(connection: Connection, statement: Any, id: str) -> Row | None:
+    row = connection.execute(statement.where(_job.id == cleaned(id))).mappings().one_or_none()
+    return dict(row) if row is not None else None
+
+
+@cache
+def _due(dialect: str) -> Any:
+    """The rows that may be claimed now, in their order."""
+    after: Any = _job.run_after
+    kind: Any = None
+    order: Any = _job.id
+    if dialect == "sqlite":
+        # Text, and as a front end wrote it: `2026-01-31T12:00:00Z` must not sort after every
+        # `2026-01-31 ...`. What is no time at all becomes due, and is then rejected.
+        after = sa.func.coalesce(sa.func.strftime("%Y-%m-%d %H:%M:%f", after), "")
+        kind = sa.String()
+        order = sa.literal_column("rowid")
+    return (
+        sa.select(*[_job[name] for name in CLAIMED])
+        .where(_job.queue == sa.bindparam("its_queue"), schema.waiting)
+        .where(sa.or_(_job.run_after.is_(None), after <= sa.bindparam("moment", type_=kind)))
+        .order_by(_job.priority.desc(), schema.due_since, order)
+        .limit(sa.bindparam("room", type_=sa.Integer()))
+        .with_for_update(skip_locked=True)
+    )
+
+
+@cache
+def _adopt(all_but: bool) -> Any:
+    """Gives rows without a queue the one that they are for."""
+    tasks: Any = sa.bindparam("tasks", expanding=True)
+    first = (
+        sa.select(_job.id)
+        .where(_job.queue.is_(None), schema.waiting)
+        .where(_job.task.not_in(tasks) if all_but else _job.task.in_(tasks))
+        .order_by(_job.priority.desc(), schema.due_since)
+        .limit(ADOPTED_AT_ONCE)
+        .subquery()
+    )
+    return (
+        sa.update(schema.jobs)
+        .where(_job.id.in_(sa.select(first.c.id)))
+        .values(queue=sa.bindparam("its_queue"))
+    )
+
+
+_CLAIM = (
+    sa.update(schema.jobs)
+    .where(_job.id.in_(sa.bindparam("ids", expanding=True)))
+    .values(claimed_by=sa.bindparam("its_claimer"))
+)
+
+_RELEASE = (
+    sa.update(schema.jobs)
+    .where(_job.id == sa.bindparam("its_id"), _job.attempt == sa.bindparam("its_attempt"))
+    .where(_job.state.in_([state.value for state in schema.WAITING]))
+    .values(claimed_by=None)
+)
+
+
+def _reject(
+    connection: Connection, given: Mapping[str, Any], readable: Collection[str], reason: str
+) -> None:
+    # By what they are not: an id that could not be read cannot be looked for either.
+    same = _due(connection.dialect.name).with_only_columns(_job.id).subquery()
+    connection.execute(
+        sa.update(schema.jobs)
+        .where(_job.id.in_(sa.select(same.c.id)), _job.id.not_in(list(readable)))
+        .values(state=JobState.REJECTED.value, reason=reason, finished_at=now(), dead=True),
+        given,
+    )
+
+
+def _unreadable(row: Row) -> list[str]:
+    """The columns whose values are not what the column is for."""
+    wrong = [name for name, kind in CLAIMED.items() if not isinstance(row[name], kind)]
+    id = row["id"]
+    if "id" not in wrong and (
+        cleaned(id) != id or "\ufffd" in id or not 0 < len(id.encode()) < 256
+    ):
+        wrong.append("id")
+    return wrong
