@@ -215,9 +215,9 @@ def test_a_broken_setting_fails_with_a_reason_that_can_be_read(builder, setting,
     assert not builder.artifacts.exists()
 
 
-def test_a_branch_that_is_not_there_asks_to_be_tried_again(builder):
+def test_a_branch_that_is_not_there_fails_and_is_named(builder):
     ended = builder.build(**AURORA, branch="nowhere")
-    assert ended.code == 75
+    assert ended.code == 1
     assert ended.lines[-1].startswith("build-app: cannot clone branch 'nowhere' of file://")
 
 
