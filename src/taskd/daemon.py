@@ -76,6 +76,10 @@ class Daemon:
         self.path = path
         self.config = config
         self.state = DaemonState.STARTING
+        self._ready = False
+        self._telling = False  # STATUS is to be renewed at the end of this pass
+        self._trouble = ""  # why the last reload was refused
+        self._quitting: Timer | None = None
         self._service = service
         self._sink = sink
         self._handler = handler
@@ -121,10 +125,6 @@ class Daemon:
         self.intake.hold(STORE)
         self.retention = Retention(self.loop, self.recorder, config.settings.keep_jobs)
         self._server = self._listen()
-        self._ready = False
-        self._telling = False
-        self._quitting: Timer | None = None
-        self._trouble = ""  # why the last reload was refused
 
     def run(self) -> int:
         """Work until stopped; the exit code."""

@@ -50,7 +50,11 @@ class Taskd:
         self.config.write_text(body)
 
     def __enter__(self) -> "Taskd":
-        self.start()
+        try:
+            self.start()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
