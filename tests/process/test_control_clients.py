@@ -1,5 +1,6 @@
 """The control server as Redis clients see it, over TCP too, and where it listens."""
 
+import grp
 import os
 import socket
 import stat
@@ -33,18 +34,8 @@ def serving(tmp_path: Path) -> Iterator[Serving]:
         yield serving
 
 
-class Tcp(Serving):
-    """The same, listening on TCP besides."""
-
-    def __init__(self, directory: Path, limits: Limits | None = None) -> None:
-        super().__init__(directory / "s", Desk().verbs, limits=limits, password=PASSWORD)
-        self.address = "127.0.0.1", free_port()
-        self.server.listen_tcp(f"127.0.0.1:{self.address[1]}")
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        return int(found.getsockname()[1])
+def on_tcp(directory: Path, limits: Limits | None = None) -> Serving:
+    return Serving(directory / "s", Desk().verbs, limits=limits, password=PASSWORD)
 
 
 # What every Redis client says first
@@ -98,7 +89,7 @@ def test_quit_answers_what_was_asked_before_and_closes(serving: Serving) -> None
 
 
 def test_a_stranger_is_served_nothing_before_the_password(tmp_path: Path) -> None:
-    with Tcp(tmp_path) as serving:
+    with on_tcp(tmp_path) as serving:
         wire = serving.connect(serving.address)
         for words in ((b"PING",), (b"ECHO", b"x"), (b"SUBSCRIBE", b"events"), (b"NO",)):
             wire.send(*words)
@@ -117,7 +108,7 @@ def test_a_stranger_is_served_nothing_before_the_password(tmp_path: Path) -> Non
 def test_a_wrong_password_ends_the_connection(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, words: tuple[bytes, ...]
 ) -> None:
-    with Tcp(tmp_path) as serving:
+    with on_tcp(tmp_path) as serving:
         wire = serving.connect(serving.address)
         wire.send(*words)
         wire.send(b"AUTH", PASSWORD.encode())
@@ -126,7 +117,7 @@ def test_a_wrong_password_ends_the_connection(
 
 
 def test_hello_with_the_password_is_enough_and_reset_takes_it_back(tmp_path: Path) -> None:
-    with Tcp(tmp_path) as serving:
+    with on_tcp(tmp_path) as serving:
         wire = serving.connect(serving.address)
         wire.send(b"HELLO", b"2", b"AUTH", b"default", PASSWORD.encode())
         wire.expect(HELLO)
@@ -138,19 +129,19 @@ def test_hello_with_the_password_is_enough_and_reset_takes_it_back(tmp_path: Pat
 
 
 def test_a_stranger_may_send_one_kibibyte(tmp_path: Path) -> None:
-    with Tcp(tmp_path) as serving:
+    with on_tcp(tmp_path) as serving:
         wire = serving.connect(serving.address)
         wire.raw(b"*2\r\n$4\r\nAUTH\r\n$1021\r\n")
         assert wire.rest() == b"-ERR Protocol error: request over 1024 bytes\r\n"
 
 
 def test_a_stranger_that_says_nothing_is_closed(tmp_path: Path) -> None:
-    with Tcp(tmp_path, Limits(patience=0.2)) as serving:
+    with on_tcp(tmp_path, Limits(patience=0.2)) as serving:
         assert serving.connect(serving.address).rest() == b"-ERR no AUTH after 0.2 s\r\n"
 
 
 def test_a_crowd_on_tcp_does_not_keep_the_unix_socket_from_anybody(tmp_path: Path) -> None:
-    with Tcp(tmp_path, Limits(clients=6)) as serving:
+    with on_tcp(tmp_path, Limits(clients=6)) as serving:
         crowd = [serving.connect(serving.address) for _ in range(4)]
         assert crowd[3].rest() == b"-ERR max number of clients reached\r\n"
         for _ in range(3):
@@ -239,7 +230,7 @@ def test_redis_py_asks_pipelines_and_subscribes(serving: Serving) -> None:
 
 
 def test_redis_py_over_tcp_gives_the_password(tmp_path: Path) -> None:
-    with Tcp(tmp_path) as serving:
+    with on_tcp(tmp_path) as serving:
         host, port = serving.address
         with redis.Redis(host, port, protocol=2, password=PASSWORD) as client:
             assert client.ping() is True
@@ -257,7 +248,7 @@ def test_the_socket_is_for_its_owner_and_group_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gid = os.getgroups()[-1] if os.getuid() else 1
-    monkeypatch.setattr(server, "GROUP", server.grp.getgrgid(gid).gr_name)
+    monkeypatch.setattr(server, "GROUP", grp.getgrgid(gid).gr_name)
     old = os.umask(0)
     try:
         with Serving(tmp_path / "s", {}) as serving:

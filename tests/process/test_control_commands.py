@@ -15,17 +15,13 @@ from tests.support.small_daemon import SmallDaemon
 from tests.support.waiting import wait_until
 
 
-class Asked(Serving):
+class Asked:
     """The server with all verbs, and a client that reads JSON."""
 
-    def __init__(self, path: Path) -> None:
-        self.daemon = SmallDaemon()
-        super().__init__(path, commands.verbs(self.daemon))
-        self.redis = redis.Redis(unix_socket_path=str(path), protocol=2, socket_timeout=30)
-
-    def __exit__(self, *error: Any) -> None:
-        self.redis.close()
-        super().__exit__(*error)
+    def __init__(self, serving: Serving, daemon: SmallDaemon, client: "redis.Redis") -> None:
+        self.ask = serving.ask
+        self.daemon = daemon
+        self.redis = client
 
     def words(self, *words: str | bytes) -> Any:
         """The answer as it is. Not by redis-py's command table: it would reshape INFO."""
@@ -47,8 +43,12 @@ class Asked(Serving):
 
 @pytest.fixture
 def asked(tmp_path: Path) -> Iterator[Asked]:
-    with Asked(tmp_path / "s") as asked:
-        yield asked
+    path, daemon = tmp_path / "s", SmallDaemon()
+    with (
+        Serving(path, commands.verbs(daemon)) as serving,
+        redis.Redis(unix_socket_path=str(path), protocol=2, socket_timeout=30) as client,
+    ):
+        yield Asked(serving, daemon, client)
 
 
 def test_info_is_written_as_redis_writes_it(asked: Asked) -> None:

@@ -29,10 +29,14 @@ class Serving:
         limits: Limits | None = None,
         password: str | None = None,
     ) -> None:
+        """On TCP too, where there is a password."""
         self.path = path
         self.loop = Loop()
         self.server = Server(self.loop, [], verbs, limits=limits, password=password)
         self.server.listen(path)
+        self.address = "127.0.0.1", free_port()
+        if password is not None:
+            self.server.listen_tcp(f"127.0.0.1:{self.address[1]}")
         self._thread = threading.Thread(target=self.loop.start)
         self._wires: list[Wire] = []
 
@@ -76,6 +80,11 @@ class Serving:
         wire = Wire(address or self.path)
         self._wires.append(wire)
         return wire
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        return int(found.getsockname()[1])
 
 
 class Wire:
@@ -128,7 +137,7 @@ class Desk:
             "RELEASE": self._release,
             "REFUSE": self._refuse,
             "BOOM": lambda call: call.answer(1 // 0),
-            "BOOMLATER": lambda call: call.then(lambda _: 1 // 0)(None),
+            "BOOMLATER": lambda call: call.then(_divide)(0),
             "UNSAYABLE": lambda call: call.answer({"x": object()}),
             "TWICE": self._twice,
             "LARGE": lambda call: call.text("x" * int(call.words[0])),
@@ -160,6 +169,10 @@ class Desk:
         for number in range(count):
             self.events.publish({"number": number, "pad": "x" * size})
         call.simple("OK")
+
+
+def _divide(by: int) -> None:
+    1 // by
 
 
 def message(payload: bytes) -> bytes:

@@ -46,6 +46,7 @@ class SmallDaemon:
         self.subscribe = self.events.subscribe
         self.paused: set[str] = set()
         self.called: list[str] = []
+        self.asked = 0  # how often for output
         self.broken = False  # the configuration is
         self.away = False  # the store is
         self.on_submit: Callable[[Job], None] = lambda job: None
@@ -178,6 +179,7 @@ class SmallDaemon:
             then(id)
 
     def output(self, id: str, offset: int, follow: bool, then: Then[Piece]) -> None:
+        self.asked += 1
         job = self.jobs_by_id.get(id)
         if job is None:
             raise RequestError(f"there is no job '{id}'")

@@ -30,12 +30,9 @@ class Connection:
         self._socket.settimeout(patience)
         try:
             self._socket.connect(path)
-        except PermissionError:
-            raise Unreachable(f"no permission for {path}; join the group taskd") from None
-        except (FileNotFoundError, ConnectionRefusedError):
-            raise Unreachable(f"taskd is not running: nobody listens on {path}") from None
         except OSError as error:
-            raise Unreachable(f"can't connect to {path}: {error.strerror or error}") from None
+            self._socket.close()
+            raise Unreachable(_why(path, error)) from None
 
     def close(self) -> None:
         self._socket.close()
@@ -99,6 +96,16 @@ class Connection:
 
     def _silent(self) -> Unreachable:
         return Unreachable(f"taskd did not answer within {self._patience:g} s")
+
+
+def _why(path: str, error: OSError) -> str:
+    match error:
+        case PermissionError():
+            return f"no permission for {path}; join the group taskd"
+        case FileNotFoundError() | ConnectionRefusedError():
+            return f"taskd is not running: nobody listens on {path}"
+        case _:
+            return f"can't connect to {path}: {error.strerror or error}"
 
 
 def _parse(buffer: bytearray, start: int) -> tuple[Reply, int] | None:

@@ -34,11 +34,11 @@ class Show(Protocol):
 class Follower:
     """Follows one job, once: by `submit` or by `join`."""
 
-    def __init__(self, path: str, id: str, show: Show) -> None:
+    def __init__(self, id: str, show: Show, *, events: Connection, asks: Connection) -> None:
         self._id = id
         self._show = show
-        self._events = Connection(path)
-        self._asks = Connection(path)
+        self._events = events
+        self._asks = asks
         self._expected: deque[Callable[[Reply], None]] = deque()
         self._final: Event | None = None
         self._attempt: int | None = None

@@ -20,6 +20,8 @@ from taskd.states import JobState
 
 # One request has at most 64 words.
 IDS_PER_REQUEST = 60
+# Plain strings: from members of an enum, click 8.2 and later makes choices of their names.
+STATES = [state.value for state in JobState]
 
 WAIT_CODES = """\b
 Exit codes with --wait:
@@ -33,7 +35,7 @@ The codes of `taskctl --help` come where it could not be followed.
 
 
 @click.command()
-@click.option("--state", type=click.Choice([*JobState]), help="Only jobs in this state.")
+@click.option("--state", type=click.Choice(STATES), help="Only jobs in this state.")
 @click.option("--task", shell_complete=names_of("TASKS"), help="Only jobs of this task.")
 @click.option("--limit", type=click.IntRange(1, 1000), default=100, show_default=True)
 @shared
@@ -110,7 +112,8 @@ def _submit_and_wait(
     from taskd.ctl.follow import Follower
     from taskd.ctl.screen import Screen, exit_code
 
-    follower = Follower(session.path, id, Screen(as_json=session.json))
+    screen = Screen(as_json=session.json)
+    follower = Follower(id, screen, events=session.connect(), asks=session.connect())
     try:
         last = follower.submit(task, body, *options)
     except Unreachable as error:
@@ -143,7 +146,7 @@ def output(session: Session, id: str, follow: bool) -> None:
     from taskd.ctl.follow import Follower
 
     try:
-        Follower(session.path, id, screen).join()
+        Follower(id, screen, events=session.connect(), asks=session.connect()).join()
     except KeyboardInterrupt:
         sys.exit(EX_INTERRUPTED)
 

@@ -5,6 +5,7 @@ that verb imports.
 """
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -21,7 +22,7 @@ from taskd.ctl.session import (
     pass_session,
     shared,
 )
-from taskd.errors import EX_CONFIG
+from taskd.errors import EX_CONFIG, ConfigError, Problem
 
 CONFIG = "/etc/taskd/taskd.conf"
 
@@ -99,8 +100,6 @@ def reload(session: Session, dry_run: bool) -> None:
     elif answer["ok"]:
         click.echo("\n".join(answer["changes"]) or "nothing changed")
     else:
-        from taskd.errors import Problem
-
         for problem in answer["problems"]:
             click.echo(Problem(**problem), err=True)
     if not answer["ok"]:
@@ -113,10 +112,7 @@ def reload(session: Session, dry_run: bool) -> None:
 @pass_session
 def check(session: Session, file: Path) -> None:
     """Check a configuration, without the daemon."""
-    from dataclasses import asdict
-
     from taskd.config import reader
-    from taskd.errors import ConfigError
 
     try:
         config = reader.read(file)
@@ -130,7 +126,8 @@ def check(session: Session, file: Path) -> None:
     if session.json:
         session.print_json({"ok": True, "queues": [*config.queues], "tasks": [*config.tasks]})
     else:
-        click.echo(f"{file}: good, {len(config.queues)} queues, {len(config.tasks)} tasks")
+        queues, tasks = ", ".join(config.queues), ", ".join(config.tasks)
+        click.echo(f"{file}: good; queues: {queues}; tasks: {tasks}")
 
 
 @cli.command()

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any
 
 import click
@@ -22,7 +23,10 @@ class Session:
         self.json = False
 
     def connect(self) -> Connection:
-        return Connection(self.path)
+        """Closed when the verb is done."""
+        connection = Connection(self.path)
+        click.get_current_context().call_on_close(connection.close)
+        return connection
 
     def ask(self, *words: str | bytes) -> str:
         """A short answer."""
@@ -90,7 +94,8 @@ def names_of(verb: str) -> Callable[..., list[CompletionItem]]:
     ) -> list[CompletionItem]:
         path = context.find_root().ensure_object(Session).path
         try:
-            rows = Connection(path, COMPLETION_PATIENCE).ask_json(verb)
+            with closing(Connection(path, COMPLETION_PATIENCE)) as connection:
+                rows = connection.ask_json(verb)
         except (Refused, Unreachable):
             return []
         return [CompletionItem(row["name"]) for row in rows if row["name"].startswith(incomplete)]
