@@ -8,6 +8,7 @@ of the time that Core's own execute() takes, and this thread shares the interpre
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
@@ -64,10 +65,11 @@ def fold(writes: Iterable[Write]) -> list[Row]:
 
 
 class Statement(NamedTuple):
-    """SQL for one set of columns, and their order in it."""
+    """SQL for one set of columns."""
 
     sql: str
-    binds: tuple[tuple[str, str], ...]  # the name in the SQL, the column's name
+    names: tuple[str, ...]  # of its parameters, in their order
+    values: Callable[[Values], tuple[Any, ...]]  # a row's, in that order
     positional: bool
 
 
@@ -89,7 +91,7 @@ class Writer:
             statement = self._statement(group[0])
             if statement is not None:
                 connection.exec_driver_sql(
-                    statement.sql, [self._parameters(statement, row.values) for row in group]
+                    statement.sql, [self._parameters(statement, row) for row in group]
                 )
 
     def write_singly(self, connection: Connection, rows: Iterable[Row]) -> list[str]:
@@ -153,19 +155,15 @@ class Writer:
             savepoint.rollback()
         return None
 
-    def _parameters(self, statement: Statement, values: Values) -> Any:
+    def _parameters(self, statement: Statement, row: Row) -> Any:
         convert = self._convert
+        parameters = [
+            convert[kind](value) if (kind := type(value)) in convert else value
+            for value in statement.values(row.values)
+        ]
         if statement.positional:
-            return tuple(
-                [
-                    value if (to := convert.get(type(value))) is None else to(value)
-                    for value in [values[column] for _, column in statement.binds]
-                ]
-            )
-        return {
-            name: value if (to := convert.get(type(value))) is None else to(value)
-            for name, value in [(name, values[column]) for name, column in statement.binds]
-        }
+            return tuple(parameters)
+        return dict(zip(statement.names, parameters, strict=True))
 
     def _statement(self, row: Row) -> Statement | None:
         key = row.table.name, row.new, tuple(row.values)
@@ -210,8 +208,6 @@ def _compiled(
     statement: Any, dialect: Dialect, columns: Mapping[str, str] | None = None
 ) -> Statement:
     compiled = statement.compile(dialect=dialect)
-    names = compiled.positiontup if compiled.positional else list(compiled.params)
-    columns = columns or {}
-    return Statement(
-        str(compiled), tuple((name, columns.get(name, name)) for name in names), compiled.positional
-    )
+    names = tuple(compiled.positiontup if compiled.positional else compiled.params)
+    of_row = itemgetter(*[(columns or {}).get(name, name) for name in names])
+    return Statement(str(compiled), names, of_row, compiled.positional)

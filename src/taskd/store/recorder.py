@@ -38,7 +38,7 @@ Then = Callable[[], None]
 
 # So that a long absence does not end in a transaction without end.
 BATCH_MOST = 1000
-ASKED_TOGETHER = 100
+TOGETHER = 100  # questions that write, in one transaction
 # No call on the database is given longer than this, nor may one take longer than its limit and
 # the grace: what does not even end then is stuck.
 CALL_LIMIT = 60.0
@@ -242,10 +242,12 @@ class Recorder:
                 self._on_fair()
                 if durable:
                     self._loop.add_callback(partial(self._on_durable, durable))
-                self._ask_together()
+                self._give_up()
+                if asks := [self._asks.popleft() for _ in range(min(len(self._asks), TOGETHER))]:
+                    self._put(asks, writes=True)
         self._give_up()
         if self._reads:
-            self._ask_alone(self._reads.popleft())
+            self._put([self._reads.popleft()], writes=False)
 
     @contextmanager
     def _transaction(self, *, writes: bool, until: float) -> Iterator[Connection]:
@@ -287,47 +289,41 @@ class Recorder:
         self._rows += len(rows)
         return batch
 
-    def _ask_together(self) -> None:
-        """Put the questions that write, in one transaction."""
-        self._give_up()
-        asks = [self._asks.popleft() for _ in range(min(len(self._asks), ASKED_TOGETHER))]
-        if not asks:
-            return
+    def _put(self, asks: list[_Ask[Any]], *, writes: bool) -> None:
+        """Put questions in one transaction. One that only reads needs no lock, and may be
+        answered while nothing can be written."""
+        until = min(ask.until for ask in asks)
         try:
-            until = min(ask.until for ask in asks)
-            with self._transaction(writes=True, until=until) as connection:
-                answers = [_put(ask, connection) for ask in asks]
-        except WEATHER as error:
-            self._database.disconnect()
-            # Where the time of one was up, it alone is to blame.
-            now = self._loop.now()
-            late = [ask for ask in asks if ask.until <= now]
-            if late:
-                self._asks.extendleft(ask for ask in reversed(asks) if ask.until > now)
-            asks = late or asks
-            answers = [StoreAway(reason(error))] * len(asks)
+            self._connect(until)
+            with self._transaction(writes=writes, until=until) as connection:
+                alone = len(asks) == 1  # then the transaction is savepoint enough
+                answers = [
+                    ask.question(connection) if alone else _put_within(ask, connection)
+                    for ask in asks
+                ]
+        except Exception as error:
+            if len(asks) == 1 and refused(error):
+                answers = [_refusal(error)]
+            elif isinstance(error, WEATHER):
+                self._database.disconnect()
+                # Where the time of some was up, they alone are to blame.
+                now = self._loop.now()
+                late = [ask for ask in asks if ask.until <= now]
+                if late:
+                    self._asks.extendleft(ask for ask in reversed(asks) if ask.until > now)
+                asks = late or asks
+                answers = [StoreAway(reason(error))] * len(asks)
+            else:
+                raise
         for ask, answer in zip(asks, answers, strict=True):
             self._answer(ask, answer)
-
-    def _ask_alone(self, ask: _Ask[Any]) -> None:
-        """Put a question that only reads: it needs no lock, and may work while commits do not."""
-        answer: Any
-        try:
-            self._connect(ask.until)
-            with self._transaction(writes=False, until=ask.until) as connection:
-                answer = _put(ask, connection)
-        except WEATHER as error:
-            self._database.disconnect()
-            answer = StoreAway(reason(error))
-        self._answer(ask, answer)
 
     def _give_up(self) -> None:
         """Answer the questions whose time is up."""
         now = self._loop.now()
-        if any(ask.until <= now for ask in self._asks):
-            late = [ask for ask in self._asks if ask.until <= now]
-            self._asks = deque(ask for ask in self._asks if ask.until > now)
-            for ask in late:
+        for waiting in self._asks, self._reads:
+            for ask in [ask for ask in waiting if ask.until <= now]:
+                waiting.remove(ask)
                 self._answer(ask, StoreAway(self._reason or "the database is busy"))
 
     def _answer(self, ask: _Ask[Any], answer: Any) -> None:
@@ -351,7 +347,7 @@ class Recorder:
             self._loop.add_callback(partial(self._on_change, StoreState.UP, ""))
 
 
-def _put(ask: _Ask[T], connection: Connection) -> T | StoreAway:
+def _put_within(ask: _Ask[T], connection: Connection) -> T | StoreAway:
     """The answer; what the database refuses as data undoes this question alone."""
     savepoint = connection.begin_nested()
     try:
@@ -360,9 +356,13 @@ def _put(ask: _Ask[T], connection: Connection) -> T | StoreAway:
         if not refused(error):
             raise
         savepoint.rollback()
-        return StoreAway(f"refused: {reason(error)}")
+        return _refusal(error)
     savepoint.commit()
     return answer
+
+
+def _refusal(error: BaseException) -> StoreAway:
+    return StoreAway(f"refused: {reason(error)}")
 
 
 def _raise(bug: BaseException) -> NoReturn:

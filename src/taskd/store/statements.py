@@ -188,8 +188,10 @@ def claim(
     """
     dialect = connection.dialect.name
     if unnamed is not None:
-        adopt = _adopt(unnamed.all_but)
-        connection.execute(adopt, {"its_queue": queue, "tasks": sorted(unnamed.tasks)})
+        mine: dict[str, Any] = {"its_queue": queue}
+        if unnamed.tasks or not unnamed.all_but:
+            mine["tasks"] = sorted(unnamed.tasks)
+        connection.execute(_adopt("tasks" in mine, unnamed.all_but), mine)
     moment: Any = schema.stamp(now()) if dialect == "sqlite" else now()
     given = {"its_queue": queue, "moment": moment, "room": room}
     found = [dict(row) for row in connection.execute(_due(dialect), given).mappings()]
@@ -296,20 +298,17 @@ def _due(dialect: str) -> Any:
 
 
 @cache
-def _adopt(all_but: bool) -> Any:
+def _adopt(by_task: bool, all_but: bool) -> Any:
     """Gives rows without a queue the one that they are for."""
-    tasks: Any = sa.bindparam("tasks", expanding=True)
-    first = (
-        sa.select(_job.id)
-        .where(_job.queue.is_(None), schema.waiting)
-        .where(_job.task.not_in(tasks) if all_but else _job.task.in_(tasks))
-        .order_by(_job.priority.desc(), schema.due_since)
-        .limit(ADOPTED_AT_ONCE)
-        .subquery()
-    )
+    first = sa.select(_job.id).where(_job.queue.is_(None), schema.waiting)
+    if by_task:
+        tasks: Any = sa.bindparam("tasks", expanding=True)
+        first = first.where(_job.task.not_in(tasks) if all_but else _job.task.in_(tasks))
+    order = _job.priority.desc(), schema.due_since
+    rows = first.order_by(*order).limit(ADOPTED_AT_ONCE).subquery()
     return (
         sa.update(schema.jobs)
-        .where(_job.id.in_(sa.select(first.c.id)))
+        .where(_job.id.in_(sa.select(rows.c.id)))
         .values(queue=sa.bindparam("its_queue"))
     )
 
