@@ -1,0 +1,147 @@
+"""Spawn: a new process with nothing of ours between fork and exec.
+
+`posix_spawn` gives the child an empty signal mask, default dispositions and a session of its
+own. Measured: `subprocess.Popen` hands our blocked mask on, and then TERM cannot stop the child.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import signal
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from taskd.errors import SpawnError
+
+# What the machine may have again in a moment; ETXTBSY: the program is just being written.
+_PASSING = frozenset({errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ETXTBSY})
+_SIGNALS = tuple(signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP})
+_TEXTS = {
+    errno.ENOENT: "does not exist",
+    errno.E2BIG: "its arguments and environment are too long",
+    errno.ENOEXEC: "neither a program for this machine nor a script that begins with #!",
+    errno.ETXTBSY: "somebody is writing it",
+    errno.EAGAIN: "no more processes for now",
+    errno.EMFILE: "no more descriptors for now",
+    errno.ENFILE: "no more open files in the whole system for now",
+    errno.ENOMEM: "no memory for now",
+}
+
+
+def spawn(
+    argv: tuple[str, ...],
+    env: Mapping[str, str],
+    *,
+    stdin: int,
+    stdout: int,
+    stderr: int,
+    directory: str | None = None,
+) -> int:
+    """Start `argv[0]`, an absolute path, as the leader of a new session; returns its pid.
+
+    The descriptors stay the caller's. For a `directory` the whole process goes there for a
+    moment: no other thread may rely on relative paths. Raises SpawnError.
+    """
+    streams = (stdin, stdout, stderr)
+    if min(streams) > 2 and directory is None:
+        return _spawn(argv, env, streams)
+    with contextlib.ExitStack() as stack:
+        if min(streams) <= 2:
+            streams = stack.enter_context(_lifted(streams))
+        if directory is not None:
+            stack.enter_context(_inside(directory))
+        return _spawn(argv, env, streams)
+
+
+def memfd(payload: bytes) -> int:
+    """A file in memory that holds `payload`, at its start. The caller closes it."""
+    fd = os.memfd_create("stdin")
+    try:
+        written = 0
+        while written < len(payload):
+            # pwrite leaves the position alone, which the child will share with us.
+            written += os.pwrite(fd, memoryview(payload)[written:], written)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _spawn_error(what: str, error: OSError) -> SpawnError:
+    text = _TEXTS.get(error.errno or 0) or (error.strerror or str(error)).lower()
+    return SpawnError(f"{what}: {text}", passing=error.errno in _PASSING)
+
+
+def _spawn(argv: tuple[str, ...], env: Mapping[str, str], streams: tuple[int, int, int]) -> int:
+    actions = [(os.POSIX_SPAWN_DUP2, fd, to) for to, fd in enumerate(streams)]
+    try:
+        return os.posix_spawn(
+            argv[0],
+            argv,
+            env,
+            file_actions=actions,
+            setsid=True,
+            setsigmask=(),
+            setsigdef=_SIGNALS,
+        )
+    except OSError as error:
+        reason = _program_reason(Path(argv[0]), error.errno)
+        if reason is not None:
+            raise SpawnError(f"{argv[0]}: {reason}", passing=False) from None
+        raise _spawn_error(argv[0], error) from None
+    except ValueError as error:  # a NUL or a lone surrogate: nothing that exec could carry
+        raise SpawnError(f"{argv[0]}: {error}", passing=False) from None
+
+
+def _program_reason(program: Path, number: int | None) -> str | None:
+    """What the bare error number would hide."""
+    with contextlib.suppress(OSError):
+        match number:
+            case errno.ENOENT if program.exists():
+                with program.open("rb") as file:
+                    first = file.readline(256)
+                if not first.startswith(b"#!"):
+                    return "the loader it needs (its ELF interpreter) does not exist"
+                # In quotes, since a line end of DOS makes it "/bin/sh\r".
+                words = first[2:].replace(b"\t", b" ").strip(b" \n").split(b" ")
+                return f"its interpreter {words[0].decode(errors='replace')!r} does not exist"
+            case errno.EACCES if program.is_dir():
+                return "a directory"
+            case errno.EACCES if program.exists() and not os.access(program, os.X_OK):
+                return "not executable"
+    return None
+
+
+@contextlib.contextmanager
+def _lifted(streams: tuple[int, int, int]) -> Iterator[tuple[int, int, int]]:
+    """Copies above 2: a dup2 onto 0 overwrites a source that is 0 itself."""
+    with contextlib.ExitStack() as stack:
+        copies = []
+        for fd in streams:
+            try:
+                copies.append(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3))
+            except OSError as error:
+                raise _spawn_error("descriptors", error) from None
+            stack.callback(os.close, copies[-1])
+        yield copies[0], copies[1], copies[2]
+
+
+@contextlib.contextmanager
+def _inside(directory: str) -> Iterator[None]:
+    """In `directory`, and back."""
+    with contextlib.ExitStack() as stack:
+        try:
+            home = os.open(".", os.O_PATH | os.O_DIRECTORY)
+            stack.callback(os.close, home)
+            os.chdir(directory)
+        except OSError as error:
+            raise _spawn_error(f"directory {directory}", error) from None
+        try:
+            yield
+        finally:
+            try:
+                os.fchdir(home)
+            except OSError:
+                # Started by root in /root, running as somebody else: there is no way back.
+                os.chdir("/")
