@@ -13,7 +13,7 @@ from taskd.config.schema import Config, Queue
 from taskd.errors import RequestError
 from taskd.kernel.loop import Loop, Timer
 from taskd.queues.delivery import Delivery, Source
-from taskd.queues.embedded import EmbeddedQueue
+from taskd.queues.embedded import EmbeddedQueue, shares
 from taskd.queues.rabbitmq import Broker, RabbitQueue
 from taskd.store.recorder import Recorder
 from taskd.work.pool import Pool
@@ -31,8 +31,9 @@ NO_SLOT = "no free slot"
 class Inlet:
     """One queue section at work."""
 
-    def __init__(self, queue: Queue, prefetch: int, source: Source) -> None:
+    def __init__(self, queue: Queue, wire: Hashable, prefetch: int, source: Source) -> None:
         self.queue = queue
+        self.wire = wire  # what the source is made of
         self.prefetch = prefetch
         self.source = source
         self.holds: set[str] = set()
@@ -144,11 +145,7 @@ class Intake:
         self._config = config
         for name, inlet in list(self._inlets.items()):
             queue = config.queues.get(name)
-            if (
-                queue is not None
-                and _wire(queue) == _wire(inlet.queue)
-                and self._prefetch(queue) == inlet.prefetch
-            ):
+            if queue is not None and self._wire(queue) == inlet.wire:
                 inlet.queue = queue
                 continue
             del self._inlets[name]
@@ -190,7 +187,7 @@ class Intake:
     def _open(self, name: str, holds: set[str]) -> None:
         queue = self._config.queues[name]
         prefetch = self._prefetch(queue)
-        inlet = Inlet(queue, prefetch, self._make(queue, prefetch))
+        inlet = Inlet(queue, self._wire(queue), prefetch, self._make(queue, prefetch))
         inlet.holds = self._holds | holds
         self._inlets[name] = inlet
         inlet.source.start()
@@ -204,7 +201,7 @@ class Intake:
                 self._loop,
                 room=prefetch,
                 on_delivery=self._on_delivery,
-                on_lost=self._pool.forget_lost,
+                unnamed=shares(self._config.queues.values())[queue.name],
             )
         key = _broker(queue)
         broker = self._brokers.get(key)
@@ -224,6 +221,12 @@ class Intake:
         """As many as could run at once: nothing is taken from other hosts only to wait here."""
         slots = sum(self._config.tasks[name].max_running for name in queue.tasks)
         return min(slots, self._config.settings.max_running, PREFETCH_MAX)
+
+    def _wire(self, queue: Queue) -> Hashable:
+        """What a source is made of; the rest of a section is the pool's, and may change."""
+        unnamed = shares(self._config.queues.values()).get(queue.name)
+        plain = replace(queue, task=None, tasks=(), body_max=0, duplicate_ids="settle")
+        return plain, self._prefetch(queue), unnamed
 
     def _retire(self, inlet: Inlet) -> None:
         if inlet.starving is not None:
@@ -258,8 +261,3 @@ class Intake:
 def _broker(queue: Queue) -> Hashable:
     """What queues must have in common to share a connection."""
     return queue.url, queue.ca_file, queue.cert_file, queue.key_file
-
-
-def _wire(queue: Queue) -> Queue:
-    """What a source is made of: the rest of the section is read by the pool, and may change."""
-    return replace(queue, task=None, tasks=(), body_max=0, duplicate_ids="settle")
