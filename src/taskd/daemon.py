@@ -239,6 +239,7 @@ class Daemon:
             return
         if not self.recorder.stuck(self.loop.now()):
             self._service.watchdog()
+        self._handler.flush()
         self.loop.call_later(interval, self._beat)
 
     def _tell(self) -> None:

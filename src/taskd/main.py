@@ -10,6 +10,7 @@ from pathlib import Path
 from taskd import __version__, journal
 from taskd.config import reader
 from taskd.errors import EX_CONFIG, ConfigError
+from taskd.journal import MessageId
 from taskd.service import Service, print_stacks_on_abort
 
 CONFIG = Path("/etc/taskd/taskd.conf")
@@ -27,8 +28,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config = reader.read(path)
     except ConfigError as error:
+        log = logging.getLogger("taskd")
         for problem in error.problems:
-            logging.getLogger("taskd").error("%s", problem)
+            journal.event(log, logging.ERROR, MessageId.CONFIG_REFUSED, b"", "%s", problem)
         service.status(f"the configuration is broken: {error.problems[0]}")
         return EX_CONFIG
     print_stacks_on_abort()

@@ -103,7 +103,7 @@ def test_a_child_gets_a_clean_process(taskd):
     assert seen["fds"] == ["0", "1", "2"]
     assert int(seen["blocked"], 16) == 0
     # Python, in the child, ignores PIPE and XFSZ: bits 12 and 24. The two signals that glibc
-    # keeps for itself (32 and 33) nobody can set; a child has them as its ancestors had.
+    # keeps for itself (32 and 33) are set to be ignored by its posix_spawn, whatever we ask.
     assert int(seen["ignored"], 16) & ~(1 << 12 | 1 << 24 | 1 << 31 | 1 << 32) == 0
     assert seen["sid"]
     assert seen["cwd"] == str(taskd.directory)

@@ -40,6 +40,8 @@ class Taskd:
         self.process: subprocess.Popen[bytes] | None = None
         self.notify: Receiver | None = None
         self.told: list[str] = []
+        self.launch = ["-m", "taskd.main", "--config", str(self.config)]
+        self.pass_fds: tuple[int, ...] = ()
 
     def write(self, config: str) -> None:
         """Set the configuration; the store and the control socket are the test's."""
@@ -70,8 +72,9 @@ class Taskd:
         self.told.clear()
         with self.log_file.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "taskd.main", "--config", str(self.config)],
+                [sys.executable, *self.launch],
                 env=self.environ,
+                pass_fds=self.pass_fds,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

@@ -231,7 +231,9 @@ class Pool:
             log,
             logging.WARNING,
             MessageId.JOB_REJECTED,
-            self._encode({"TASKD_JOB_ID": id, "TASKD_QUEUE": delivery.queue}),
+            self._encode(
+                {"TASKD_JOB_ID": id, "TASKD_QUEUE": delivery.queue, "TASKD_TASK": task or ""}
+            ),
             "job %s: rejected: %s",
             id,
             reason,
@@ -299,12 +301,7 @@ class Pool:
 
     def _spawn(self, job: Job) -> None:
         task = job.task
-        fields = {
-            "TASKD_JOB_ID": job.id,
-            "TASKD_TASK": task.name,
-            "TASKD_QUEUE": job.queue,
-            "TASKD_ATTEMPT": str(job.attempt),
-        }
+        fields = self._fields(job)
         job.fields = self._encode(fields)
         launch = Launch(
             argv=job.argv,
@@ -346,6 +343,15 @@ class Pool:
         )
         if self.events:
             self.events.publish(self._rows.event(job, JobState.RUNNING))
+
+    def _fields(self, job: Job) -> dict[str, str]:
+        """What names an attempt: in its journal entries, and in its environment."""
+        return {
+            "TASKD_JOB_ID": job.id,
+            "TASKD_TASK": job.task.name,
+            "TASKD_QUEUE": job.queue,
+            "TASKD_ATTEMPT": str(job.attempt),
+        }
 
     def _on_notify(self, job: Job, notice: Notice) -> None:
         if notice.progress is not None:
@@ -395,7 +401,7 @@ class Pool:
 
     def _say(self, job: Job, outcome: Outcome) -> None:
         took = format_span(round(self._loop.now() - job.started, 3))
-        fields = job.fields or self._encode({"TASKD_JOB_ID": job.id, "TASKD_TASK": job.task.name})
+        fields = job.fields or self._encode(self._fields(job))
         id, level, then = MessageId.JOB_FAILED, logging.WARNING, ""
         match outcome.job:
             case JobState.SUCCEEDED:
