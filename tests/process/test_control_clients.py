@@ -51,6 +51,11 @@ def on_tcp(directory: Path, limits: Limits | None = None) -> Serving:
         ("HELLO 2 WHAT", b"-ERR syntax error in HELLO\r\n"),
         ("CLIENT GETNAME", b"$-1\r\n"),
         ("CLIENT ID", b":1\r\n"),
+        ("CLIENT SETNAME dash", b"+OK\r\n"),
+        (
+            "CLIENT SETNAME 'a b'",
+            b"-ERR a client's name is at most 64 printable characters, no spaces\r\n",
+        ),
         ("CLIENT SETINFO LIB-NAME x", b"+OK\r\n"),
         ("CLIENT KILL", b"-ERR CLIENT knows SETNAME, SETINFO, GETNAME and ID\r\n"),
         ("SELECT 0", b"+OK\r\n"),

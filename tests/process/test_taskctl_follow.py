@@ -3,7 +3,7 @@
 import json
 import threading
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +36,10 @@ def test_wait_passes_the_output_on_and_exits_as_the_job_does(
     ctl: Ctl, state: JobState, facts: dict[str, Any], code: int
 ) -> None:
     with ctl.running("submit", "build", "{}", "--wait", "--id", "a") as process:
-        ctl.known("a")
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stderr.readline() == b"job a: submitted\n"
         ctl.ask(lambda: ctl.daemon.begin("a"))
         ctl.ask(lambda: ctl.daemon.speak("a", b"one\xff\n"))
-        assert process.stdout is not None and process.stderr is not None
         assert process.stdout.readline() == b"one\xff\n"
         ctl.ask(lambda: ctl.daemon.progress("a", 50, "half"))
         ctl.ask(lambda: ctl.daemon.speak("a", b"two"))
@@ -63,15 +63,15 @@ def test_wait_in_json_is_one_document_a_line(ctl: Ctl) -> None:
     documents = [json.loads(line) for line in ran.stdout.splitlines()]
     states = [document["state"] for document in documents if document["event"] == "job"]
     assert states == ["running", "succeeded"]
-    assert {"event": "output", "data": "x\n"} in documents
+    assert {"event": "output", "encoding": "utf-8", "data": "x\n"} in documents
 
 
 def test_a_wait_whose_daemon_goes_away_says_that_the_job_goes_on(ctl: Ctl) -> None:
     with ctl.running("submit", "build", "--wait", "--id", "a") as process:
-        ctl.known("a")
+        assert process.stderr is not None
+        assert process.stderr.readline() == b"job a: submitted\n"
         ctl.ask(ctl.server.close)
         assert process.wait(30) == 69
-        assert process.stderr is not None
         text = "taskctl: taskd closed the connection; the job goes on without us: taskctl job a\n"
         assert process.stderr.read().decode() == text
 
@@ -79,10 +79,15 @@ def test_a_wait_whose_daemon_goes_away_says_that_the_job_goes_on(ctl: Ctl) -> No
 class Seen:
     """Where a follower shows: it is remembered."""
 
+    submitted = ""
+
     def __init__(self) -> None:
         self.output = b""
         self.gaps: list[int] = []
         self.states: list[str] = []
+
+    def on_submitted(self, id: str) -> None:
+        self.submitted = id
 
     def on_output(self, data: bytes) -> None:
         self.output += data
@@ -98,9 +103,12 @@ class Seen:
 @contextmanager
 def follower(ctl: Ctl, id: str) -> Iterator[tuple[Follower, Seen]]:
     seen = Seen()
-    path = str(ctl.path)
-    with closing(Connection(path)) as events, closing(Connection(path)) as asks:
-        yield Follower(id, seen, events=events, asks=asks), seen
+    with ExitStack() as stack:
+
+        def connect() -> Connection:
+            return stack.enter_context(closing(Connection(str(ctl.path))))
+
+        yield Follower(id, seen, connect=connect), seen
 
 
 def test_a_job_that_ends_at_once_is_seen_whole_every_time(ctl: Ctl) -> None:

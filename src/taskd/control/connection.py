@@ -8,6 +8,7 @@ leaves a request unfinished is dropped.
 
 import hmac
 import logging
+import re
 import socket
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -164,10 +165,15 @@ class Client:
         self._settle()
 
     def __repr__(self) -> str:
-        name = f" '{self.name.decode('ascii', 'replace')}'" if self.name else ""
+        name = f" '{self.name.decode()}'" if self.name else ""
         return f"client {self.id}{name} on {'the unix socket' if self.local else 'TCP'}"
 
     # What verbs may do with a connection
+
+    def rename(self, name: bytes) -> None:
+        if not re.fullmatch(rb"[!-~]{0,64}", name):
+            raise RequestError("a client's name is at most 64 printable characters, no spaces")
+        self.name = name
 
     @property
     def subscribed(self) -> bool:

@@ -27,9 +27,8 @@ GROUP = "taskd"
 BACKLOG = 512
 # Clients taken in before the loop looks at everybody else again.
 BURST = 64
-# Out of descriptors: the listener stays readable, and watching it would be a spin.
+# After accept(2) failed, out of descriptors: the listener stays readable, and would make us spin.
 PAUSE = 1.0
-SCARCE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 
 class Server:
@@ -120,13 +119,11 @@ class Server:
         for _ in range(BURST):
             try:
                 sock, _address = listener.accept()
-            except (BlockingIOError, InterruptedError):
+            except (BlockingIOError, ConnectionAbortedError):
                 return
             except OSError as error:
-                if error.errno in SCARCE:
-                    self._pause(fd, error)
-                    return
-                continue  # that client is gone; accept(2) hands its error to us
+                self._pause(fd, error)
+                return
             self._admit(sock)
 
     def _pause(self, fd: int, error: OSError) -> None:
@@ -188,7 +185,8 @@ def _bind_unix(path: Path) -> socket.socket:
     directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         # Between the look at a dead socket and its removal another daemon may have bound its own.
-        fcntl.flock(directory, fcntl.LOCK_EX)
+        # Without waiting: whoever may read the directory could hold this lock for ever.
+        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
         _clear(path)
         # bind(2) makes the file with the socket's own mode: it is never open to others.
         os.fchmod(listener.fileno(), 0o600)

@@ -34,7 +34,7 @@ def hello(call: Call) -> None:
                 if not _authenticate(call, user, password):
                     return
             case [key, name, *options] if key.upper() == b"SETNAME":
-                call.client.name = name
+                call.client.rename(name)
             case _:
                 raise RequestError("syntax error in HELLO")
     if not call.client.known:
@@ -76,7 +76,7 @@ def _authenticate(call: Call, user: bytes, password: bytes) -> bool:
 def client(call: Call) -> None:
     match [word.upper() for word in call.words[:1]] + call.words[1:]:
         case [b"SETNAME", name]:
-            call.client.name = name
+            call.client.rename(name)
             call.simple("OK")
         case [b"SETINFO", _, _]:
             call.simple("OK")

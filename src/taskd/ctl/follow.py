@@ -10,7 +10,6 @@ import json
 import select
 from collections import deque
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any, Protocol
 
 from taskd.ctl.client import Connection, Refused, Reply
@@ -21,6 +20,9 @@ Event = dict[str, Any]
 
 class Show(Protocol):
     """Where it is shown."""
+
+    def on_submitted(self, id: str) -> None:
+        """The job's message is safe; not told where the job was faster."""
 
     def on_output(self, data: bytes) -> None: ...
 
@@ -34,11 +36,12 @@ class Show(Protocol):
 class Follower:
     """Follows one job, once: by `submit` or by `join`."""
 
-    def __init__(self, id: str, show: Show, *, events: Connection, asks: Connection) -> None:
+    def __init__(self, id: str, show: Show, *, connect: Callable[[], Connection]) -> None:
         self._id = id
         self._show = show
-        self._events = events
-        self._asks = asks
+        self._connect = connect
+        self._events = connect()
+        self._asks = connect()
         self._expected: deque[Callable[[Reply], None]] = deque()
         self._final: Event | None = None
         self._attempt: int | None = None
@@ -67,10 +70,12 @@ class Follower:
             if self._wanted and not self._asking:
                 self._asking = True
                 words = ("OUTPUT", self._id, "FROM", str(self._offset), "FOLLOW")
-                self._ask(partial(self._on_output_reply, self._attempt), *words)
-            ready, _, _ = select.select([self._events, self._asks], [], [])
-            for connection in ready:
-                connection.read()
+                self._ask(self._on_output_reply, *words)
+            select.select([self._asks, self._events], [], [])
+            # In this order: an event that came before an answer is then never read after it.
+            for connection in (self._asks, self._events):
+                if _readable(connection):
+                    connection.read()
             self._take()
         return self._final
 
@@ -79,6 +84,9 @@ class Follower:
             event = json.loads(reply[2])
             if event.get("id") == self._id:
                 self._on_job_event(event)
+        self._take_answers()
+
+    def _take_answers(self) -> None:
         for reply in self._asks.replies():
             self._expected.popleft()(reply)
 
@@ -89,6 +97,8 @@ class Follower:
     def _on_submitted(self, reply: Reply) -> None:
         if isinstance(reply, Refused):
             raise reply
+        if self._attempt is None and self._final is None:
+            self._show.on_submitted(self._id)
 
     def _on_row(self, reply: Reply) -> None:
         if isinstance(reply, Refused):
@@ -104,30 +114,45 @@ class Follower:
         if event["event"] == "job":
             attempt = event.get("attempt")
             if event["state"] == "running" and attempt != self._attempt:
-                self._attempt, self._offset, self._complete = attempt, 0, False
+                self._on_attempt(attempt)
             # Whatever has changed: there may be output now where there was none.
             self._wanted = not self._complete
             if event["state"] in FINAL:
                 self._final = event
         self._show.on_event(event)
 
-    def _on_output_reply(self, attempt: int | None, reply: Reply) -> None:
+    def _on_attempt(self, attempt: int | None) -> None:
+        """The job runs again: its output begins anew, once what the last run said is read."""
+        while self._asking and _readable(self._asks):
+            self._asks.read()
+            self._take_answers()
+        if self._asking:
+            # Too late for the last run, it waits for an offset that this one need not reach.
+            self._asks.close()
+            self._asks = self._connect()
+            self._expected.clear()
+            self._asking = False
+        self._attempt, self._offset, self._complete = attempt, 0, False
+
+    def _on_output_reply(self, reply: Reply) -> None:
         self._asking = False
         if isinstance(reply, Refused):
             self._wanted = False
             return
         answer = json.loads(reply)
         data = content(answer)
-        current = attempt == self._attempt  # or the next one has begun meanwhile
-        if current and answer["from"] > self._offset:
+        if answer["from"] > self._offset:
             self._show.on_gap(answer["from"] - self._offset)
         if data:
             self._show.on_output(data)
-        if current:
-            self._offset = answer["next"]
-            self._complete = answer["ended"]
-            # Nothing, and yet not ended: the job does not run now. An event will tell.
-            self._wanted = bool(data) and not self._complete
+        self._offset = answer["next"]
+        self._complete = answer["ended"]
+        # Nothing, and yet not ended: the job does not run now. An event will tell.
+        self._wanted = bool(data) and not self._complete
+
+
+def _readable(connection: Connection) -> bool:
+    return bool(select.select([connection], [], [], 0)[0])
 
 
 def content(answer: Mapping[str, Any]) -> bytes:

@@ -112,8 +112,7 @@ def _submit_and_wait(
     from taskd.ctl.follow import Follower
     from taskd.ctl.screen import Screen, exit_code
 
-    screen = Screen(as_json=session.json)
-    follower = Follower(id, screen, events=session.connect(), asks=session.connect())
+    follower = Follower(id, Screen(as_json=session.json), connect=session.connect)
     try:
         last = follower.submit(task, body, *options)
     except Unreachable as error:
@@ -146,7 +145,7 @@ def output(session: Session, id: str, follow: bool) -> None:
     from taskd.ctl.follow import Follower
 
     try:
-        Follower(id, screen, events=session.connect(), asks=session.connect()).join()
+        Follower(id, screen, connect=session.connect).join()
     except KeyboardInterrupt:
         sys.exit(EX_INTERRUPTED)
 

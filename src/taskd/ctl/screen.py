@@ -3,6 +3,7 @@
 With `--json` everything is one JSON document a line, on stdout.
 """
 
+import base64
 import json
 import sys
 from datetime import datetime
@@ -26,12 +27,17 @@ class Screen:
 
     def on_output(self, data: bytes) -> None:
         if self._json:
-            text = data.decode("utf-8", "backslashreplace")
-            self._print_json({"event": "output", "data": text})
+            self._print_json({"event": "output", **_readable(data)})
             return
         self._wipe()
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
+
+    def on_submitted(self, id: str) -> None:
+        if self._json:
+            self._print_json({"event": "submitted", "id": id})
+        else:
+            self._tell(f"job {clean(id)}: submitted")
 
     def on_gap(self, size: int) -> None:
         if self._json:
@@ -62,6 +68,14 @@ class Screen:
 
     def _print_json(self, value: object) -> None:
         print(json.dumps(value, ensure_ascii=False), flush=True)
+
+
+def _readable(data: bytes) -> dict[str, str]:
+    """As in the answer to OUTPUT."""
+    try:
+        return {"encoding": "utf-8", "data": data.decode()}
+    except UnicodeDecodeError:
+        return {"encoding": "base64", "data": base64.b64encode(data).decode()}
 
 
 def describe(event: Event) -> str:
