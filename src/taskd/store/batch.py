@@ -168,12 +168,13 @@ class Writer:
     def _statement(self, row: Row) -> Statement | None:
         key = row.table.name, row.new, tuple(row.values)
         if key not in self._statements:
-            make = _upsert if row.new else _update
+            make = upsert if row.new else update
             self._statements[key] = make(row.table, list(row.values), self._dialect)
         return self._statements[key]
 
 
-def _upsert(table: sa.Table, columns: list[str], dialect: Dialect) -> Statement:
+def upsert(table: sa.Table, columns: list[str], dialect: Dialect) -> Statement:
+    """Inserts a row, or updates the one that is there."""
     keys = table.primary_key.columns.keys()
     changing = [name for name in columns if name not in keys and name != "payload"]
     values: dict[str, Any] = {name: sa.bindparam(name) for name in columns}
@@ -189,7 +190,8 @@ def _upsert(table: sa.Table, columns: list[str], dialect: Dialect) -> Statement:
     return _compiled(theirs.on_conflict_do_update(index_elements=keys, set_=changes), dialect)
 
 
-def _update(table: sa.Table, columns: list[str], dialect: Dialect) -> Statement | None:
+def update(table: sa.Table, columns: list[str], dialect: Dialect) -> Statement | None:
+    """Updates a row that should be there; None if there is nothing to change."""
     keys = table.primary_key.columns.keys()
     changing = [name for name in columns if name not in keys and name != "payload"]
     if not changing:

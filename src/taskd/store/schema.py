@@ -187,13 +187,14 @@ _version = sa.Table(
 
 
 def _among(states: Iterable[JobState]) -> str:
-    return "state IN ({})".format(", ".join(f"'{state.value}'" for state in sorted(states)))
+    return "IN ({})".format(", ".join(f"'{state.value}'" for state in sorted(states)))
 
 
 # Said in the same words by the indexes and by the questions, with nothing bound: SQLite uses a
 # partial index only for a query that repeats its condition.
-_WAITING = f"{_among(WAITING)} AND claimed_by IS NULL"
-_FINISHED = _among(FINAL)
+_WAITING = f"state {_among(WAITING)} AND claimed_by IS NULL"
+# Not the column alone, or jobs_by_state would be preferred, and all of the history sorted.
+_FINISHED = f"coalesce(state, '') {_among(FINAL)}"
 _DEAD = "dead IS TRUE"
 waiting = sa.text(_WAITING)
 finished = sa.text(_FINISHED)
