@@ -108,6 +108,10 @@ def test_a_body_over_body_max_is_rejected():
     assert "body_max of queue q is 10" in reason(b"x" * 11, {"body_max": 10, "task": "build"})
 
 
+def test_a_broken_body_does_not_take_away_the_id_of_the_properties():
+    assert message.identify(delivery(b"{", id="7f3a")) == ("7f3a", True)
+
+
 def test_a_rejected_message_keeps_its_own_id_and_task_for_the_record():
     broken = delivery(b'{"id": "7f3a", "task": "nuild"}')
     assert message.identify(broken) == ("7f3a", True)

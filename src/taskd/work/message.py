@@ -50,8 +50,10 @@ def read(delivery: Delivery, queue: Queue, tasks: Mapping[str, Task]) -> Order:
 def identify(delivery: Delivery) -> tuple[str, bool]:
     """The id under which a message that was rejected is recorded, and whether it is its own."""
     try:
-        envelope = _envelope(delivery.body)
-        id = _text("id", delivery.id if delivery.id is not None else _id_in(envelope))
+        # In this order: a broken body does not take away the id that the properties give.
+        id = _text(
+            "id", delivery.id if delivery.id is not None else _id_in(_envelope(delivery.body))
+        )
         if id is not None:
             check_id(id)
             return id, True
