@@ -102,7 +102,7 @@ def elsewhere(path: Path, sql: str) -> None:
 @contextmanager
 def locked(path: Path) -> Iterator[sqlite3.Connection]:
     """Another connection that holds the lock which every write needs."""
-    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+    with closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False)) as other:
         other.execute("BEGIN IMMEDIATE")
         yield other
         if other.in_transaction:

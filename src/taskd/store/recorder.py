@@ -349,16 +349,13 @@ class Recorder:
 
 def _put_within(ask: _Ask[T], connection: Connection) -> T | StoreAway:
     """The answer; what the database refuses as data undoes this question alone."""
-    savepoint = connection.begin_nested()
     try:
-        answer = ask.question(connection)
+        with connection.begin_nested():
+            return ask.question(connection)
     except Exception as error:
         if not refused(error):
             raise
-        savepoint.rollback()
         return _refusal(error)
-    savepoint.commit()
-    return answer
 
 
 def _refusal(error: BaseException) -> StoreAway:

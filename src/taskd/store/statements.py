@@ -161,13 +161,11 @@ def enqueue(connection: Connection, *, row: Mapping[str, Any]) -> bool:
         name: cleaned(value) if isinstance(value, str) and name != "id" else value
         for name, value in row.items()
     }
-    savepoint = connection.begin_nested()
     try:
-        connection.execute(sa.insert(schema.jobs), [values])
+        with connection.begin_nested():
+            connection.execute(sa.insert(schema.jobs), [values])
     except exc.IntegrityError:
-        savepoint.rollback()
         return False
-    savepoint.commit()
     return True
 
 
