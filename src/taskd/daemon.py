@@ -7,14 +7,11 @@ starting -> running -> draining -> stopped
 """
 
 import logging
-import os
 import signal
 import socket
-import sys
 import uuid
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from taskd import journal
 from taskd.children.child import Children
@@ -23,7 +20,7 @@ from taskd.config import reader
 from taskd.config.diff import Diff, diff
 from taskd.config.schema import Config
 from taskd.config.values import format_span
-from taskd.control import commands
+from taskd.control import commands, report
 from taskd.control.desk import Desk
 from taskd.control.server import Server
 from taskd.errors import ConfigError
@@ -39,6 +36,7 @@ from taskd.work.events import Events
 from taskd.work.intake import Intake
 from taskd.work.pool import Pool
 from taskd.work.rows import Rows
+from taskd.work.story import Story
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +76,7 @@ class Daemon:
         self.state = DaemonState.STARTING
         self._ready = False
         self._telling = False  # STATUS is to be renewed at the end of this pass
-        self._trouble = ""  # why the last reload was refused
+        self.trouble = ""  # why the last reload was refused
         self._quitting: Timer | None = None
         self._service = service
         self._sink = sink
@@ -109,8 +107,7 @@ class Daemon:
             self.children,
             config,
             rows=Rows(host=self.host, daemon_id=daemon_id),
-            events=self.events,
-            encode=sink.encode,
+            story=Story(self.events, sink.encode),
         )
         self.pool.on_settled = self._on_settled
         self.pool.on_no_spawn = self._on_no_spawn
@@ -165,7 +162,7 @@ class Daemon:
                 case signal.SIGHUP:
                     self._on_hangup()
                 case signal.SIGUSR1:
-                    self._snapshot()
+                    report.snapshot(self)
                 case signal.SIGUSR2:
                     self._toggle_debug()
 
@@ -250,21 +247,7 @@ class Daemon:
 
     def _on_tell(self) -> None:
         self._telling = False
-        self._service.status(self.status())
-
-    def status(self) -> str:
-        """One line: what runs, and what is down."""
-        parts = [f"{self.state}: {self.pool.running()} running"]
-        if self.recorder.state is StoreState.AWAY:
-            parts.append(f"store away: {self.recorder.status()['reason']}")
-        for queue in self.intake.states():
-            if queue["state"] not in ("up",):
-                parts.append(f"queue {queue['name']} {queue['state']}: {queue['reason']}")
-            elif not queue["consuming"]:
-                parts.append(f"queue {queue['name']} held: {', '.join(queue['held_by'])}")
-        if self._trouble:
-            parts.append(f"reload refused: {self._trouble}")
-        return "; ".join(parts)
+        self._service.status(report.status(self))
 
     # Reload
 
@@ -297,13 +280,13 @@ class Daemon:
             "reload refused: %d problems, the old configuration runs on",
             len(error.problems),
         )
-        self._trouble = str(error.problems[0])
+        self.trouble = str(error.problems[0])
         self._service.ready()
         self._tell()
 
     def _apply(self, config: Config, change: Diff) -> None:
         self.config = config
-        self._trouble = ""
+        self.trouble = ""
         self._set_level()
         self.retention.keep(config.settings.keep_jobs)
         self.pool.configure(config)
@@ -330,23 +313,6 @@ class Daemon:
         else:
             journal.set_level("debug")
         log.warning("log level is %s", logging.getLevelName(log.getEffectiveLevel()).lower())
-
-    def _snapshot(self) -> None:
-        log.info("snapshot: %s", self.status())
-        for queue in self.intake.states():
-            log.info("snapshot: queue %s", queue)
-        for job in self.pool.jobs.values():
-            pid = job.child.pid if job.child is not None else "none"
-            log.info(
-                "snapshot: job %s: %s, task %s, queue %s, attempt %d, pid %s",
-                job.id,
-                job.phase,
-                job.task.name,
-                job.queue,
-                job.attempt,
-                pid,
-            )
-        log.info("snapshot: store %s", self.recorder.status())
 
     # The end
 
@@ -431,30 +397,3 @@ class Daemon:
 
     def _move(self, state: DaemonState) -> None:
         self.state = move(DAEMON_MOVES, self.state, state)
-
-    # For INFO
-
-    def info(self) -> dict[str, dict[str, Any]]:
-        """Sections of keys and values."""
-        from taskd import __version__
-
-        memory = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
-        return {
-            "Server": {
-                "taskd_version": __version__,
-                "python_version": sys.version.split()[0],
-                "process_id": os.getpid(),
-                "host": self.host,
-                "config_file": str(self.path),
-                "state": str(self.state),
-                "status": self.status(),
-            },
-            "Jobs": {
-                "running": self.pool.running(),
-                "in_hand": len(self.pool.jobs),
-                "attempts_ended": self.pool.ended,
-                "max_running": self.config.settings.max_running,
-            },
-            "Store": self.recorder.status(),
-            "Memory": {"used_memory_rss": int(memory) * os.sysconf("SC_PAGE_SIZE")},
-        }

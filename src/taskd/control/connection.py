@@ -129,6 +129,7 @@ class Client:
         verbs: Mapping[str, Verb],
         *,
         id: int,
+        peer: str,
         password: str | None,
         limits: Limits,
         on_held: Callable[[int], None],
@@ -140,6 +141,7 @@ class Client:
         self.held = 0
         # Who may open the unix socket has been judged by its mode; on TCP a password judges.
         self.local = sock.family == socket.AF_UNIX
+        self._peer = peer
         self._password = password
         self._sock = sock
         self._loop = loop
@@ -166,7 +168,7 @@ class Client:
 
     def __repr__(self) -> str:
         name = f" '{self.name.decode()}'" if self.name else ""
-        return f"client {self.id}{name} on {'the unix socket' if self.local else 'TCP'}"
+        return f"client {self.id}{name} on {self._peer}"
 
     # What verbs may do with a connection
 

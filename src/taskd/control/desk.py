@@ -10,29 +10,24 @@ from functools import partial
 from typing import Any, Protocol
 
 from taskd.config.schema import Config, Queue, Task
+from taskd.control import report
+from taskd.control.report import Reported
 from taskd.errors import Rejected, RequestError, StoreAway
 from taskd.queues.delivery import Delivery, Message
 from taskd.states import FINAL, JobState
 from taskd.store import statements
-from taskd.store.recorder import Recorder
 from taskd.work import message
 from taskd.work.events import Events
-from taskd.work.intake import PAUSED, Intake
-from taskd.work.pool import Pool
+from taskd.work.intake import PAUSED
 
 Row = dict[str, Any]
 
 
-class Daemon(Protocol):
+class Daemon(Reported, Protocol):
     """The part of the daemon that the desk needs."""
 
-    config: Config
-    pool: Pool
-    intake: Intake
-    recorder: Recorder
     events: Events
 
-    def info(self) -> dict[str, dict[str, Any]]: ...
     def reload(self, *, dry: bool = False) -> list[str]: ...
     def drain(self) -> None: ...
     def undrain(self) -> None: ...
@@ -61,10 +56,12 @@ class Desk:
         self._pool = daemon.pool
         self._intake = daemon.intake
         self._recorder = daemon.recorder
-        self.info = daemon.info
         self.shutdown = daemon.shutdown
         self.drain = daemon.drain
         self.subscribe = daemon.events.subscribe
+
+    def info(self) -> dict[str, dict[str, Any]]:
+        return report.info(self._daemon)
 
     def reload(self, dry: bool) -> list[str]:
         return self._daemon.reload(dry=dry)

@@ -118,13 +118,14 @@ class Server:
         listener = self._listeners[fd]
         for _ in range(BURST):
             try:
-                sock, _address = listener.accept()
+                sock, address = listener.accept()
             except (BlockingIOError, ConnectionAbortedError):
                 return
             except OSError as error:
                 self._pause(fd, error)
                 return
-            self._admit(sock)
+            local = sock.family == socket.AF_UNIX
+            self._admit(sock, "the unix socket" if local else f"TCP from {address[0]}")
 
     def _pause(self, fd: int, error: OSError) -> None:
         log.warning("control: can't take clients: %s, next try in %g s", error.strerror, PAUSE)
@@ -135,7 +136,7 @@ class Server:
         if fd in self._listeners:
             self._loop.add_handler(fd, self._on_clients, Loop.READ)
 
-    def _admit(self, sock: socket.socket) -> None:
+    def _admit(self, sock: socket.socket, peer: str) -> None:
         sock.setblocking(False)
         local = sock.family == socket.AF_UNIX
         # A crowd on TCP may not keep taskctl out.
@@ -154,6 +155,7 @@ class Server:
             self._loop,
             self._verbs,
             id=self._last_id,
+            peer=peer,
             password=self._password,
             limits=self._limits,
             on_held=self._on_held,

@@ -8,7 +8,6 @@ A message that comes again while its job is in the pool is given to that job (ad
 run beside it.
 """
 
-import logging
 import random
 import time
 from collections import OrderedDict, deque
@@ -16,27 +15,22 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from taskd import journal
 from taskd.children.child import Children, Exit, Launch
 from taskd.children.notify import Notice
 from taskd.children.output import Output
 from taskd.config.schema import Config
-from taskd.config.values import format_span
 from taskd.errors import Rejected, RequestError, SpawnError, StoreAway
-from taskd.journal import MessageId
 from taskd.kernel.loop import Loop, Timer
 from taskd.queues.delivery import Delivery
 from taskd.states import PHASE_MOVES, AttemptState, JobPhase, JobState, move
 from taskd.store import statements
 from taskd.store.recorder import Recorder, Write
-from taskd.work import message
+from taskd.work import message, story
 from taskd.work.adoption import Lost
-from taskd.work.events import Events
 from taskd.work.job import Job, Outcome
 from taskd.work.rows import Rows
+from taskd.work.story import Story
 from taskd.work.verdict import Verdict, verdict
-
-log = logging.getLogger(__name__)
 
 # Those who follow a job read its end after it ended. Each holds the task's kept output at most.
 OUTPUTS_KEPT = 64
@@ -55,11 +49,9 @@ class Pool:
         config: Config,
         *,
         rows: Rows,
-        events: Events,
-        encode: Callable[[Mapping[str, str]], bytes],
+        story: Story,
     ) -> None:
         self.jobs: dict[str, Job] = {}
-        self.events = events
         self.on_slot: Callable[[], None] = lambda: None  # a slot became free
         self.on_wait: Callable[[str], None] = lambda queue: None  # a queue's job found no slot
         self.on_settled: Callable[[], None] = lambda: None
@@ -70,7 +62,7 @@ class Pool:
         self._children = children
         self._config = config
         self._rows = rows
-        self._encode = encode
+        self._story = story
         self._waiting: dict[str, deque[Job]] = {}
         self._running: dict[str, int] = {}
         self._slots_taken = 0
@@ -148,7 +140,7 @@ class Pool:
             job.twins.append(delivery)
             return
         job.delivery = delivery
-        log.info("job %s: its message came again, adopted", job.id)
+        self._story.adopted(job)
         if job.phase is JobPhase.SETTLED:
             self._answer(job)
 
@@ -190,11 +182,7 @@ class Pool:
             case Verdict.DONE:
                 delivery.source.done(delivery)
             case Verdict.DUPLICATE:
-                log.warning(
-                    "job %s: a new message reuses the id of a job that is %s, not run again",
-                    job.id,
-                    row["state"],
-                )
+                self._story.duplicate(job, row["state"])
                 delivery.source.done(delivery)
         for twin in job.twins:
             twin.source.done(twin)
@@ -227,19 +215,7 @@ class Pool:
 
     def _record_rejection(self, delivery: Delivery, id: str, reason: str) -> None:
         task = message.task_named(delivery)
-        journal.event(
-            log,
-            logging.WARNING,
-            MessageId.JOB_REJECTED,
-            self._encode(
-                {"TASKD_JOB_ID": id, "TASKD_QUEUE": delivery.queue, "TASKD_TASK": task or ""}
-            ),
-            "job %s: rejected: %s",
-            id,
-            reason,
-        )
-        if self.events:
-            self.events.publish(self._rows.rejection_event(delivery, id, task, reason))
+        self._story.rejected(delivery, id, task, reason)
         self._recorder.write(
             self._rows.rejected(delivery, id, task, reason),
             partial(self._on_rejection_recorded, delivery, id, reason),
@@ -301,8 +277,7 @@ class Pool:
 
     def _spawn(self, job: Job) -> None:
         task = job.task
-        fields = self._fields(job)
-        job.fields = self._encode(fields)
+        fields = story.fields(job)
         launch = Launch(
             argv=job.argv,
             environment={**task.environment_base, **fields},
@@ -331,27 +306,7 @@ class Pool:
         self._move(job, JobPhase.RUNNING)
         # After a reconnect or a crash the row is written already; the pid is new.
         self._write(job, self._rows.started(job))
-        journal.event(
-            log,
-            logging.INFO,
-            MessageId.JOB_STARTED,
-            job.fields,
-            "job %s: %s started, pid %d",
-            job.id,
-            task.name,
-            child.pid,
-        )
-        if self.events:
-            self.events.publish(self._rows.event(job, JobState.RUNNING))
-
-    def _fields(self, job: Job) -> dict[str, str]:
-        """What names an attempt: in its journal entries, and in its environment."""
-        return {
-            "TASKD_JOB_ID": job.id,
-            "TASKD_TASK": job.task.name,
-            "TASKD_QUEUE": job.queue,
-            "TASKD_ATTEMPT": str(job.attempt),
-        }
+        self._story.started(job, child.pid)
 
     def _on_notify(self, job: Job, notice: Notice) -> None:
         if notice.progress is not None:
@@ -370,8 +325,7 @@ class Pool:
         for job in told.values():
             if job.phase is JobPhase.RUNNING:
                 self._recorder.write(self._rows.spoke(job))
-                if self.events:
-                    self.events.publish(self._rows.progress_event(job))
+                self._story.spoke(job)
         self._fold = self._loop.call_later(FOLD, self._on_fold) if told else None
 
     def _on_end(self, job: Job, exit: Exit) -> None:
@@ -394,30 +348,8 @@ class Pool:
         self.ended += 1
         self._move(job, JobPhase.RECORDING)
         self._write(job, self._rows.ended(job), self._on_recorded)
-        self._say(job, outcome)
-        if self.events:
-            self.events.publish(self._rows.event(job, outcome.job))
+        self._story.ended(job, outcome, self._loop.now() - job.started)
         self._free(job.task.name)
-
-    def _say(self, job: Job, outcome: Outcome) -> None:
-        took = format_span(round(self._loop.now() - job.started, 3))
-        fields = job.fields or self._encode(self._fields(job))
-        id, level, then = MessageId.JOB_FAILED, logging.WARNING, ""
-        match outcome.job:
-            case JobState.SUCCEEDED:
-                id, level = MessageId.JOB_SUCCEEDED, logging.INFO
-            case JobState.CANCELLED:
-                id, level = MessageId.JOB_CANCELLED, logging.INFO
-            case JobState.RETRYING:
-                id = MessageId.JOB_RETRY
-                count = f" {job.retries} of {job.task.retries}" if outcome.counted else ""
-                then = f", retry{count} in {format_span(round(outcome.delay, 1))}"
-            case JobState.QUEUED:
-                id, then = MessageId.JOB_INTERRUPTED, ", back to its queue"
-            case JobState.FAILED:
-                then = ", to the dead letters"
-        what = outcome.reason or outcome.job
-        journal.event(log, level, id, fields, "job %s: %s after %s%s", job.id, what, took, then)
 
     # Settlement
 

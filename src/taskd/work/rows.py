@@ -1,4 +1,4 @@
-"""A job as rows of the store, and as the JSON that events and replies carry."""
+"""A job as rows of the store, and as the JSON that answers `reply_to`."""
 
 import json
 import time
@@ -157,32 +157,6 @@ class Rows:
             "dead": outcome.job is JobState.FAILED,
         }
 
-    # What is told
-
-    def event(self, job: Job, state: JobState) -> dict[str, Any]:
-        outcome, exit = job.outcome, job.exit
-        return {
-            **_event("job", job.id, job.task.name, job.queue, state),
-            "attempt": job.attempt,
-            "reason": outcome.reason if outcome is not None else None,
-            "exit_code": exit.code if exit is not None else None,
-            "signal": exit.signal if exit is not None else None,
-        }
-
-    def progress_event(self, job: Job) -> dict[str, Any]:
-        return {
-            **_event("progress", job.id, job.task.name, job.queue, JobState.RUNNING),
-            "attempt": job.attempt,
-            "progress": job.progress,
-            "status": job.status,
-        }
-
-    def rejection_event(
-        self, delivery: Delivery, id: str, task: str | None, reason: str
-    ) -> dict[str, Any]:
-        event = _event("job", id, task, delivery.queue, JobState.REJECTED)
-        return {**event, "attempt": delivery.attempt, "reason": reason}
-
     def reply(self, job: Job) -> bytes:
         """The outcome, for `reply_to`: JSON."""
         outcome, exit = job.outcome, job.exit
@@ -198,17 +172,6 @@ class Rows:
             "result": json.loads(job.result) if job.result is not None else None,
         }
         return json.dumps(answer).encode()
-
-
-def _event(kind: str, id: str, task: str | None, queue: str, state: JobState) -> dict[str, Any]:
-    return {
-        "event": kind,
-        "id": id,
-        "task": task,
-        "queue": queue,
-        "state": str(state),
-        "at": time.time(),
-    }
 
 
 def _text(result: bytes | None) -> str | None:
