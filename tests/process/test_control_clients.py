@@ -118,7 +118,7 @@ def test_a_wrong_password_ends_the_connection(
         wire.send(*words)
         wire.send(b"AUTH", PASSWORD.encode())
         assert wire.rest() == b"-WRONGPASS invalid username-password pair\r\n"
-        assert "wrong password" in caplog.text
+        assert "client 1 on TCP from 127.0.0.1: wrong password" in caplog.text
 
 
 def test_hello_with_the_password_is_enough_and_reset_takes_it_back(tmp_path: Path) -> None:

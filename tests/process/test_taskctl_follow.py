@@ -4,6 +4,7 @@ import json
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -133,26 +134,31 @@ def test_a_rejected_job_ends_the_wait(ctl: Ctl) -> None:
     assert seen.output == b""
 
 
-def test_each_attempt_is_followed_from_its_beginning(ctl: Ctl) -> None:
-    small = ctl.daemon
+def test_each_attempt_is_followed_from_its_beginning_even_back_to_back(ctl: Ctl) -> None:
+    daemon = ctl.daemon
 
-    def play() -> None:
-        ctl.known("a")
+    def play(id: str, seen: Seen) -> None:
+        ctl.known(id)
+        said = b""
         for attempt in (1, 2, 3):
-            ctl.ask(lambda: small.begin("a"))
+            ctl.ask(partial(daemon.begin, id))
             for part in (b"attempt ", b"%d\n" % attempt):
-                wait_until(lambda: ctl.ask(lambda: bool(small.jobs_by_id["a"].waiting)))
-                ctl.ask(lambda part=part: small.speak("a", part))
+                ctl.ask(partial(daemon.speak, id, part))
+                said += part
+                wait_until(lambda: seen.output == said)  # noqa: B023
+            # What the follower asks for now may come too late for this attempt.
             state = JobState.RETRYING if attempt < 3 else JobState.SUCCEEDED
-            ctl.ask(lambda state=state: small.end("a", state))
+            ctl.ask(partial(daemon.end, id, state))
 
-    player = threading.Thread(target=play)
-    player.start()
-    with follower(ctl, "a") as (following, seen):
-        following.submit("build", b"{}")
-    player.join(30)
-    assert seen.output == b"attempt 1\nattempt 2\nattempt 3\n"
-    assert seen.states == ["running", "retrying"] * 2 + ["running", "succeeded"]
+    for number in range(20):
+        id = f"job-{number}"
+        with follower(ctl, id) as (following, seen):
+            player = threading.Thread(target=play, args=(id, seen))
+            player.start()
+            following.submit("build", b"{}")
+            player.join(30)
+        assert seen.output == b"attempt 1\nattempt 2\nattempt 3\n"
+        assert seen.states == ["running", "retrying"] * 2 + ["running", "succeeded"]
 
 
 def test_events_of_other_jobs_are_not_shown(ctl: Ctl) -> None:
