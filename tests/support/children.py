@@ -1,0 +1,139 @@
+"""A loop with children in it, as the daemon has one, driven until a test has seen enough."""
+
+import signal
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from taskd.children.child import Child, Children, Exit, Launch
+from taskd.children.guardian import Guardian
+from taskd.children.notify import Notice
+from taskd.journal import Sink
+from taskd.kernel.loop import Loop
+from taskd.kernel.signals import SignalFd
+
+PATH = "/usr/local/bin:/usr/bin:/bin"
+LOOK_EVERY = 0.001
+
+
+class Clock:
+    """The real one, which can be put forward."""
+
+    def __init__(self) -> None:
+        self.ahead = 0.0
+
+    def __call__(self) -> float:
+        return time.monotonic() + self.ahead
+
+
+class Lines:
+    """A sink that takes everything and keeps it."""
+
+    lost = 0
+
+    def __init__(self) -> None:
+        self.entries: list[tuple[bytes, int, bytes]] = []
+
+    def encode(self, fields: Mapping[str, str]) -> bytes:
+        return "".join(f"{name}={value}\n" for name, value in fields.items()).encode()
+
+    def write(self, message: bytes, priority: int, fields: bytes = b"") -> bool:
+        self.entries.append((message, priority, fields))
+        return True
+
+    def fileno(self) -> int:
+        raise AssertionError("it is never full")
+
+    def drop(self, count: int, fields: bytes = b"") -> None:
+        raise AssertionError("it is never full")
+
+    def close(self) -> None: ...
+
+    def of(self, stream: str) -> list[bytes]:
+        """The lines of one stream."""
+        mark = f"TASKD_STREAM={stream}\n".encode()
+        return [message for message, _, fields in self.entries if mark in fields]
+
+
+class Run:
+    """One child of a test, and what was heard of it."""
+
+    def __init__(self) -> None:
+        self.child: Child
+        self.exits: list[Exit] = []
+        self.notices: list[Notice] = []
+
+    @property
+    def exit(self) -> Exit:
+        (exit,) = self.exits
+        return exit
+
+
+class Nursery:
+    """`with Nursery() as nursery:` the children started in it are gone afterwards."""
+
+    def __init__(
+        self,
+        sink: Sink | None = None,
+        *,
+        notify_directory: Path | None = None,
+        guardian: Guardian | None = None,
+    ) -> None:
+        self.clock = Clock()
+        self.loop = Loop(self.clock)
+        self.lines = Lines()
+        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        self._signals = SignalFd([signal.SIGCHLD])
+        self.children = Children(
+            self.loop, sink or self.lines, notify_directory=notify_directory, guardian=guardian
+        )
+        self.loop.add_handler(self._signals.fd, self._on_signals, Loop.READ)
+
+    def __enter__(self) -> "Nursery":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.children.close()
+        self.loop.close()
+        self._signals.close()
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+
+    def start(self, *argv: str, **launch: object) -> Run:
+        """Start a program; `launch` are other fields of the Launch."""
+        run = Run()
+        settings = {"environment": {"PATH": PATH}, "fields": {"JOB": "1"}, **launch}
+        run.child = self.children.start(
+            Launch(argv=argv, **settings),  # type: ignore[arg-type]
+            on_end=run.exits.append,
+            on_notify=run.notices.append,
+        )
+        return run
+
+    def shell(self, script: str, **launch: object) -> Run:
+        return self.start("/bin/sh", "-c", script, **launch)
+
+    def until(self, condition: Callable[[], object], limit: float = 30.0) -> None:
+        """Run the loop until `condition` holds; fails the test after `limit` real seconds."""
+        deadline = time.monotonic() + limit
+        expired = []
+
+        def look() -> None:
+            if condition():
+                self.loop.stop()
+            elif time.monotonic() > deadline:
+                expired.append(limit)
+                self.loop.stop()
+            else:
+                self.loop.call_later(LOOK_EVERY, look)
+
+        self.loop.add_callback(look)
+        self.loop.start()
+        assert not expired, f"waited {limit} s in vain"
+
+    def finish(self, *runs: Run, limit: float = 30.0) -> None:
+        """Run the loop until these have ended."""
+        self.until(lambda: all(run.exits for run in runs), limit)
+
+    def _on_signals(self, fd: int, events: int) -> None:
+        self._signals.read()
+        self.children.reap()
