@@ -145,16 +145,12 @@ def test_a_front_end_needs_to_give_no_more_than_id_and_task(store: Store) -> Non
     assert store.row("theirs")["submitted_at"] <= store.row("ours")["finished_at"]
 
 
-def test_the_shell_of_sqlite_is_a_front_end_too(store: Store) -> None:
-    shell = "/usr/bin/sqlite3"
-    if not os.access(shell, os.X_OK):
-        pytest.skip("no sqlite3 shell here; the test above asks the same of Python's module")
-    insert = "INSERT INTO jobs (id, task, payload) VALUES ('1', 'build', '{}')"
-    subprocess.run([shell, store.path, insert], check=True, timeout=30)
-    [row] = store.ask(
-        partial(statements.claim, queue="q", room=9, daemon_id="me", unnamed=statements.Unnamed())
-    )
-    assert (row["id"], row["queue"], row["payload"]) == ("1", "q", b"{}")
+def test_a_row_of_a_front_end_is_claimed_with_its_payload(store: Store) -> None:
+    insert = "INSERT INTO jobs (id, task, payload, priority) VALUES ('1', 'build', '{}', 3);"
+    elsewhere(store.path, insert)
+    claim = partial(statements.claim, queue="q", room=9, daemon_id="me")
+    [row] = store.ask(partial(claim, unnamed=statements.Unnamed()))
+    assert (row["id"], row["queue"], row["payload"], row["priority"]) == ("1", "q", b"{}", 3)
 
 
 def test_a_front_end_that_looks_on_keeps_no_commit_waiting(store: Store) -> None:

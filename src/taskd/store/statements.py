@@ -192,13 +192,13 @@ def claim(
         connection.execute(_adopt("tasks" in mine, unnamed.all_but), mine)
     moment: Any = schema.stamp(now()) if dialect == "sqlite" else now()
     given = {"its_queue": queue, "moment": moment, "room": room}
-    found = [dict(row) for row in connection.execute(_due(dialect), given).mappings()]
-    rows = [row for row in found if not _unreadable(row)]
-    ids = [row["id"] for row in rows]
-    if len(rows) < len(found):
-        columns = sorted({name for row in found for name in _unreadable(row)})
-        _reject(connection, given, ids, f"unreadable: {', '.join(columns)}")
+    while True:
+        found = [dict(row) for row in connection.execute(_due(dialect), given).mappings()]
+        rows = [row for row in found if not _unreadable(row)]
+        if len(rows) == len(found) or not _reject(connection, given, found):
+            break
     if rows:
+        ids = [row["id"] for row in rows]
         connection.execute(_CLAIM, {"its_claimer": daemon_id, "ids": ids})
     return rows
 
@@ -325,17 +325,24 @@ _RELEASE = (
 )
 
 
-def _reject(
-    connection: Connection, given: Mapping[str, Any], readable: Collection[str], reason: str
-) -> None:
+def _reject(connection: Connection, given: Mapping[str, Any], rows: Collection[Row]) -> int:
+    """Reject those of `rows`, which `given` finds, that are no jobs; how many there were."""
+    columns = sorted({name for row in rows for name in _unreadable(row)})
     # By what they are not: an id that could not be read cannot be looked for either.
+    readable = [row["id"] for row in rows if not _unreadable(row)]
     same = _due(connection.dialect.name).with_only_columns(_job.id).subquery()
-    connection.execute(
+    values = {
+        "state": JobState.REJECTED.value,
+        "reason": f"unreadable: {', '.join(columns)}",
+        "finished_at": now(),
+        "dead": True,
+    }
+    return connection.execute(
         sa.update(schema.jobs)
-        .where(_job.id.in_(sa.select(same.c.id)), _job.id.not_in(list(readable)))
-        .values(state=JobState.REJECTED.value, reason=reason, finished_at=now(), dead=True),
+        .where(_job.id.in_(sa.select(same.c.id)), _job.id.not_in(readable))
+        .values(values),
         given,
-    )
+    ).rowcount
 
 
 def _unreadable(row: Row) -> list[str]:
