@@ -203,6 +203,8 @@ def test_drain_by_hand_takes_nothing_new_until_resumed(taskd):
 def test_children_do_not_survive_the_daemon_and_their_jobs_run_again(taskd):
     jobs = [taskd.submit("tree") for _ in range(10)]
     children = pids(taskd, 20)
+    for id in jobs:
+        taskd.until(id, "running")
     taskd.kill()
     wait_until(lambda: not any(alive(pid) for pid in children))
     (taskd.directory / "pids").unlink()
