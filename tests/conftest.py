@@ -4,6 +4,7 @@ import importlib.metadata
 import importlib.util
 import os
 import shutil
+import signal
 from pathlib import Path
 from typing import NoReturn
 
@@ -18,6 +19,7 @@ RUNS_ON = {
     "click": "click",
     "rich": "rich",
 }
+AWAITED = (signal.SIGCHLD, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 DEBIAN = Path("/usr/lib/python3/dist-packages")
 
 
@@ -43,6 +45,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A worker of pytest-xdist has a thread that reads from its controller. A signal that tests
+    # block and wait for would be delivered there, and ignored. So that thread is born with them
+    # blocked, by way of the controller, and the worker then unblocks them for the tests.
+    if hasattr(config, "workerinput"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, AWAITED)
+    elif config.getoption("dist", "no") != "no":
+        signal.pthread_sigmask(signal.SIG_BLOCK, AWAITED)
     if config.getoption("--debian"):
         foreign = [str(path) for path in origins() if DEBIAN not in path.parents]
         if foreign:
