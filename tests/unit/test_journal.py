@@ -498,8 +498,8 @@ def test_installed_logging_takes_taskds_level_and_others_warnings(
     try:
         logging.getLogger("taskd.pool").debug("hidden")
         logging.getLogger("taskd.pool").info("shown")
-        logging.getLogger("pika.connection").info("hidden")
-        logging.getLogger("pika.connection").warning("shown")
+        logging.getLogger("somebody.else").info("hidden")
+        logging.getLogger("somebody.else").warning("shown")
         journal.set_level("debug")
         logging.getLogger("taskd.pool").debug("shown now")
         journal.set_level("error")
