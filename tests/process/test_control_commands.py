@@ -68,12 +68,14 @@ def test_help_names_every_verb(asked: Asked) -> None:
 
 
 def test_a_row_is_json_with_utc_times_and_bytes_as_text_or_base64(asked: Asked) -> None:
-    asked.daemon.add("a", payload="ä\0".encode(), output_tail=b"\xff\xfe", task="über")
+    asked.daemon.add(
+        "a", payload="ä\0".encode(), output_tail=b"\xff\xfe", task="über", reason="\udc80"
+    )
     row = asked.json("JOB", "a")
     assert row["submitted_at"] == "2026-08-06T10:00:00.250Z"
     assert (row["payload"], row.get("payload_encoding")) == ("ä\0", None)
     assert (row["output_tail"], row["output_tail_encoding"]) == ("//4=", "base64")
-    assert row["task"] == "über"
+    assert (row["task"], row["reason"]) == ("über", "\udc80")
     assert row["attempts"] == [{"attempt": 1, "state": "failed"}]
 
 

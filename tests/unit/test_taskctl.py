@@ -1,5 +1,6 @@
 """taskctl without a daemon: usage, words for people, exit codes."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -74,16 +75,8 @@ def test_every_final_state_has_an_exit_code_and_only_success_is_0() -> None:
 def test_a_piped_table_has_whole_cells_and_no_colours(capsys: pytest.CaptureFixture[str]) -> None:
     tables.draw("jobs", [*ROWS, {"id": "x" * 200, "state": "queued"}])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == [
-        "ID",
-        "TASK",
-        "QUEUE",
-        "STATE",
-        "ATTEMPT",
-        "SUBMITTED",
-        "TOOK",
-        "NOTE",
-    ]
+    titles = ["ID", "TASK", "QUEUE", "STATE", "ATTEMPT", "AGE", "TOOK", "NOTE"]
+    assert lines[0].split() == titles
     assert lines[3].startswith("x" * 200)
     assert lines[1].endswith("42.5 % [red]up")
 
@@ -101,6 +94,30 @@ def test_what_a_message_says_does_not_steer_the_terminal(
     assert "\x1b" not in out
     assert "x [2J y" in out
     assert "[red]up" in out
+
+
+@pytest.mark.parametrize(
+    ("width", "titles"),
+    [
+        (200, "ID TASK QUEUE STATE ATTEMPT AGE TOOK NOTE"),
+        (80, "ID TASK STATE AGE TOOK NOTE"),
+        (20, "ID TASK STATE AGE TOOK NOTE"),
+    ],
+)
+def test_on_a_terminal_the_note_gives_way_and_then_what_can_be_spared(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, width: int, titles: str
+) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("TERM", "xterm")
+    id = "0123456789abcdef" * 2
+    row = {"id": id, "task": "build", "queue": "builds", "state": "failed", "reason": "why " * 60}
+    tables.draw("jobs", [row])
+    head, line = re.sub("\x1b\\[[0-9;]*m", "", capsys.readouterr().out).splitlines()
+    assert " ".join(head.split()) == titles
+    assert line.startswith(id)
+    assert line.endswith("…")
+    assert len(line) <= max(width, 80)
 
 
 @pytest.mark.parametrize(

@@ -187,7 +187,9 @@ def _tell_results(session: Session, results: list[dict[str, Any]]) -> None:
             if "error" in result:
                 click.echo(f"taskctl: {result['error']}", err=True)
             else:
-                click.echo(f"{result['id']}: {result['result']}")
+                # RETRY answers the id itself.
+                word = result["result"] if result["result"] != result["id"] else "queued again"
+                click.echo(f"{result['id']}: {word}")
     if any("error" in result for result in results):
         sys.exit(EX_REFUSED)
 

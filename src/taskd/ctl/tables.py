@@ -29,15 +29,21 @@ STYLES = {
     "away": "red",
 }
 
+GAP = "  "
+# On a terminal: of any cell but the last, and what is left to the last before others go.
+WIDEST = 40
+NARROWEST = 16
+
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """`show` makes a cell of a row. Of all columns the last one gives way on a narrow terminal."""
+    """`show` makes a cell of a row."""
 
     title: str
     show: Callable[[Row], str]
     right: bool = False
     styled: bool = False  # the cell is a state
+    spare: int = 0  # left out where the terminal is too narrow, the highest first
 
 
 def draw(view: str, rows: Sequence[Row]) -> None:
@@ -59,29 +65,44 @@ def draw_pairs(pairs: Iterable[tuple[str, str]]) -> None:
 
 
 def _draw_table(cells: list[list[str]], columns: Sequence[Column]) -> None:
+    from rich.cells import cell_len
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    last = len(columns) - 1
-    for index, column in enumerate(columns):
-        table.add_column(
-            column.title,
-            justify="right" if column.right else "left",
-            no_wrap=True,
-            overflow="ellipsis" if index == last else "fold",
-            min_width=len(column.title) if index == last else None,
-        )
-    for row in cells:
-        # Text, since "[red]" in a task's reason is what it said, and not markup.
-        table.add_row(
-            *(
-                Text(cell, STYLES.get(cell, "") if column.styled else "")
-                for cell, column in zip(row, columns, strict=True)
-            )
-        )
-    Console().print(table)
+    console = Console()
+    lines = [[column.title for column in columns], *cells]
+    widths = [max(cell_len(line[index]) for line in lines) for index in range(len(columns))]
+    widths[:-1] = [min(width, WIDEST) for width in widths[:-1]]
+    shown = _fit(columns, widths, console.width)
+    for number, line in enumerate(lines):
+        texts = []
+        for index in shown:
+            column = columns[index]
+            style = "bold" if number == 0 else STYLES.get(line[index], "") if column.styled else ""
+            # Text, since "[red]" in a job's reason is what it said, and not markup.
+            text = Text(line[index], style, end="")
+            text.truncate(widths[index], overflow="ellipsis")
+            text.align("right" if column.right else "left", widths[index])
+            texts.append(text)
+        console.print(Text(GAP).join(texts), no_wrap=True, overflow="ignore", crop=False)
+
+
+def _fit(columns: Sequence[Column], widths: list[int], room: int) -> list[int]:
+    """Which columns to show. The last one gets the room that is left: its width is set."""
+    shown = list(range(len(columns)))
+    last = shown[-1]
+    least = min(widths[last], NARROWEST)
+
+    def taken() -> int:
+        return sum(widths[index] + len(GAP) for index in shown[:-1])
+
+    while taken() + least > room:
+        spare = max(shown[:-1], key=lambda index: columns[index].spare)
+        if not columns[spare].spare:
+            break
+        shown.remove(spare)
+    widths[last] = min(widths[last], max(least, room - taken()))
+    return shown
 
 
 def _draw_plain(cells: list[list[str]], columns: Sequence[Column]) -> None:
@@ -92,7 +113,7 @@ def _draw_plain(cells: list[list[str]], columns: Sequence[Column]) -> None:
             cell.rjust(width) if column.right else cell.ljust(width)
             for cell, width, column in zip(line, widths, columns, strict=True)
         )
-        print("  ".join(padded).rstrip())
+        print(GAP.join(padded).rstrip())
 
 
 def clean(text: str) -> str:
@@ -115,12 +136,12 @@ def field(name: str) -> Callable[[Row], str]:
     return show
 
 
-def when(name: str) -> Callable[[Row], str]:
-    """How long ago."""
+def age(name: str) -> Callable[[Row], str]:
+    """How long ago it was."""
 
     def show(row: Row) -> str:
         moment = parse_time(row.get(name))
-        return f"{span(_now() - moment)} ago" if moment is not None else ""
+        return span(_now() - moment) if moment is not None else ""
 
     return show
 
@@ -180,24 +201,24 @@ def _now() -> float:
 _JOBS = (
     Column("ID", field("id")),
     Column("TASK", field("task")),
-    Column("QUEUE", field("queue")),
+    Column("QUEUE", field("queue"), spare=1),
     Column("STATE", field("state"), styled=True),
-    Column("ATTEMPT", field("attempt"), right=True),
-    Column("SUBMITTED", when("submitted_at"), right=True),
+    Column("ATTEMPT", field("attempt"), right=True, spare=2),
+    Column("AGE", age("submitted_at"), right=True),
     Column("TOOK", took, right=True),
     Column("NOTE", note),
 )
 _ATTEMPTS = (
     Column("ATTEMPT", field("attempt"), right=True),
     Column("STATE", field("state"), styled=True),
-    Column("STARTED", when("started_at"), right=True),
+    Column("AGE", age("started_at"), right=True),
     Column("TOOK", took, right=True),
-    Column("HOST", field("host")),
+    Column("HOST", field("host"), spare=1),
     Column("NOTE", note),
 )
 _QUEUES = (
     Column("QUEUE", field("name")),
-    Column("KIND", field("kind")),
+    Column("KIND", field("kind"), spare=1),
     Column("STATE", field("state"), styled=True),
     Column("RUNNING", field("running"), right=True),
     Column("WAITING", field("waiting"), right=True),
@@ -217,8 +238,8 @@ def _timeout(row: Row) -> str:
 _TASKS = (
     Column("TASK", field("name")),
     Column("RUNNING", _slots, right=True),
-    Column("TIMEOUT", _timeout, right=True),
-    Column("RETRIES", field("retries"), right=True),
+    Column("TIMEOUT", _timeout, right=True, spare=1),
+    Column("RETRIES", field("retries"), right=True, spare=2),
     Column("QUEUES", field("queues")),
     Column("COMMAND", field("command")),
 )
