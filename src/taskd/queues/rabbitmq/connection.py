@@ -106,6 +106,7 @@ class Broker:
         self._backoff = Backoff(loop.now)
         self._timer: Timer | None = None
         self._then: Callable[[], None] | None = None
+        self._aside: Broker | None = None
 
     @property
     def up(self) -> bool:
@@ -125,10 +126,8 @@ class Broker:
         self._tenants.append(tenant)
         if self.up:
             tenant.on_up()
-        elif self.connection is None and self._timer is None and self._then is None:
-            self.state = LinkState.CONNECTING
-            self.reason = "connecting"
-            self._connect()
+        else:
+            self._start()
 
     def detach(self, tenant: Tenant) -> None:
         if tenant in self._tenants:
@@ -139,20 +138,45 @@ class Broker:
             self._publishers[exchange] = Publisher(self, exchange)
         return self._publishers[exchange]
 
+    def aside(self) -> "Broker":
+        """Another connection, for what may break one.
+
+        RabbitMQ 3.10 ends the connection (541) over a direct reply to a name it did not make, or
+        made on a node that is gone; and a message can ask for such a reply.
+        """
+        if self._aside is None:
+            self._aside = Broker(self._queue, self._loop, name=f"{self.name} (replies)")
+            self._aside._start()
+        return self._aside
+
     def close(self, then: Callable[[], None] = lambda: None) -> None:
         """Say goodbye. The state is CLOSED, and `then` called, when the broker has answered."""
         if self._then is not None:
             return
+        if self._aside is None:
+            self._close(then)
+        else:
+            self._aside.close(functools.partial(self._close, then))
+
+    def _close(self, then: Callable[[], None]) -> None:
         self._then = then
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         if self.connection is None:
             self._closed()
-        elif not (self.connection.is_closing or self.connection.is_closed):
+        elif self.connection.is_open:
             self.connection.close()
+        # One that is being made is closed when it is there, or fails within our patience: both
+        # versions of pika raise AssertionError in the loop if it is closed before.
 
     # Connecting
+
+    def _start(self) -> None:
+        if self.connection is None and self._timer is None and self._then is None:
+            self.state = LinkState.CONNECTING
+            self.reason = "connecting"
+            self._connect()
 
     def _connect(self) -> None:
         self._timer = None
@@ -214,6 +238,8 @@ class Broker:
         )
         for tenant in list(self._tenants):
             tenant.on_up()
+        for publisher in self._publishers.values():
+            publisher.pump()
 
     def _on_open_error(self, connection: Any, error: Any) -> None:
         if connection is self.connection:
@@ -235,14 +261,13 @@ class Broker:
         for tenant in list(self._tenants):
             tenant.on_down()
         self.declarer.reset()
-        for publisher in self._publishers.values():
-            publisher.reset(Refusal(0, f"the connection was lost: {reason}"))
         if closing:
             self._closed()
         else:
             self._fail(reason)
 
     def _fail(self, reason: str) -> None:
+        self._refuse(f"the broker is away: {reason}")
         pause = self._backoff.pause()
         self._timer = self._loop.call_later(pause, self._connect)
         if reason == self.reason:
@@ -261,7 +286,12 @@ class Broker:
         )
         self._changed()
 
+    def _refuse(self, reason: str) -> None:
+        for publisher in self._publishers.values():
+            publisher.reset(Refusal(0, reason))
+
     def _closed(self) -> None:
+        self._refuse("the connection is closed")
         self.state = LinkState.CLOSED
         self.reason = ""
         self._changed()

@@ -37,6 +37,8 @@ _HEADERS_NOT_COPIED = ("CC", "BCC", "x-death", "x-delivery-count", "x-acquired-c
 # A frame's own bytes, and those of a header frame before the properties.
 _FRAME_OVERHEAD = 8 + 12
 _SHORT_STRING_MAX = 255
+# https://www.rabbitmq.com/docs/direct-reply-to: not queues, but channels of other clients.
+DIRECT_REPLY = b"amq.rabbitmq.reply-to"
 
 
 def ladder(delay: float) -> int:
@@ -122,8 +124,12 @@ def _copy(original: Properties, headers: Mapping[str, str | int], id: str | None
     changes: dict[str, str | int] = {"delivery_mode": 2}
     if id is not None and _fits(id):
         changes["message_id"] = id
+    without: tuple[str, ...] = _NOT_COPIED
+    if original.raw("reply_to") == DIRECT_REPLY:
+        # As a name without a channel it stands for the publisher's own, which we do not have.
+        without = (*without, "reply_to")
     return original.copy(
-        changes, headers=headers, without=_NOT_COPIED, headers_without=_HEADERS_NOT_COPIED
+        changes, headers=headers, without=without, headers_without=_HEADERS_NOT_COPIED
     )
 
 

@@ -57,7 +57,8 @@ class Publication:
 
 
 class Publisher:
-    """Publishes to one exchange. Nothing is kept over the loss of the connection."""
+    """Publishes to one exchange. Nothing is kept over the loss of the connection, but what is
+    published before there is one waits for it."""
 
     def __init__(self, link: Link, exchange: str) -> None:
         self._link = link
@@ -72,14 +73,15 @@ class Publisher:
 
     def publish(self, publication: Publication) -> None:
         self._waiting.append(publication)
-        self._pump()
+        self.pump()
 
     def reset(self, refusal: Refusal) -> None:
         """The connection is gone: everything fails."""
         self._channel = None
         self._fail_all(refusal)
 
-    def _pump(self) -> None:
+    def pump(self) -> None:
+        """Send what waits, if it can be sent now."""
         if self._channel is None:
             if self._waiting and self._link.up:
                 self._open()
@@ -107,7 +109,7 @@ class Publisher:
         if channel is self._channel:
             channel.add_on_return_callback(self._on_return)
             channel.confirm_delivery(self._on_confirm)
-            self._pump()
+            self.pump()
 
     def _on_return(self, channel: Any, method: Any, properties: Any, body: bytes) -> None:
         # A return does not say which publication it was. The oldest of the same key and id is
@@ -134,7 +136,7 @@ class Publisher:
                 self._suspects = max(0, self._suspects - 1)
                 refusal = None if taken else Refusal(0, "RabbitMQ has no room for the message")
                 publication.then(publication.refusal or refusal)
-        self._pump()
+        self.pump()
 
     def _on_close(self, channel: Any, error: Any) -> None:
         if channel is not self._channel or not self._link.connection.is_open:
@@ -152,7 +154,7 @@ class Publisher:
                 publication.refusal = None
                 self._waiting.appendleft(publication)
             self._unconfirmed.clear()
-        self._pump()
+        self.pump()
 
     def _fail_all(self, refusal: Refusal) -> None:
         failed = [*self._unconfirmed.values(), *self._waiting]

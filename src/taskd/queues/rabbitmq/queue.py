@@ -360,10 +360,14 @@ class RabbitQueue:
     def reply(self, delivery: Delivery, body: bytes) -> None:
         original: Properties = delivery.token[1]
         key = original.raw("reply_to")
-        if key and not delivery.lost:
-            # Not mandatory: RabbitMQ returns what went to a direct reply-to even where it
-            # arrived, and a client that did not wait is no trouble of ours.
-            self._publish(Publication(key, outgoing.for_reply(original), body, False, _ignore))
+        if not key or delivery.lost:
+            return
+        direct = key.startswith(outgoing.DIRECT_REPLY)
+        broker = self._broker.aside() if direct else self._broker
+        # Not mandatory: RabbitMQ returns a direct reply even where it arrived, and a client that
+        # did not wait is no trouble of ours.
+        publication = Publication(key, outgoing.for_reply(original), body, False, _ignore)
+        self._publish(publication, broker)
 
     def submit(self, message: Message, then: Callable[[str | None], None]) -> None:
         refusal = self._broker.blocked or None
@@ -377,7 +381,8 @@ class RabbitQueue:
             self._loop.add_callback(partial(then, refusal))
             return
         answer = partial(self._on_submitted, then)
-        self._publish(Publication(self._key, properties, message.body, True, answer))
+        publication = Publication(self._key, properties, message.body, True, answer)
+        self._publish(publication, self._broker)
 
     def resubmit(self, message: Message, then: Callable[[str | None], None]) -> None:
         self.submit(message, then)
@@ -388,7 +393,7 @@ class RabbitQueue:
         else:
             then(str(refusal) if refusal else None)
 
-    def _publish(self, publication: Publication) -> None:
+    def _publish(self, publication: Publication, broker: Broker) -> None:
         self._publishing += 1
         then = publication.then
 
@@ -397,7 +402,7 @@ class RabbitQueue:
             then(refusal)
 
         publication.then = count
-        self._broker.publisher("").publish(publication)
+        broker.publisher("").publish(publication)
 
 
 def _ignore(_: object) -> None:
