@@ -11,9 +11,9 @@ RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close with RST, as a vanished host
 class Proxy:
     """Listens on `port` and carries to `target`, both on loopback."""
 
-    def __init__(self, target: int) -> None:
+    def __init__(self, target: int, *, port: int = 0) -> None:
         self._target = target
-        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener = socket.create_server(("127.0.0.1", port))
         self.port: int = self._listener.getsockname()[1]
         self._flowing = threading.Event()
         self._flowing.set()

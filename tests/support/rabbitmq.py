@@ -7,6 +7,8 @@ that outlives everything. Both carry PR_SET_PDEATHSIG, so that a killed test run
 
 import contextlib
 import ctypes
+import fcntl
+import json
 import os
 import secrets
 import shutil
@@ -16,7 +18,8 @@ import subprocess
 import tempfile
 import time
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 SCRIPTS = Path("/usr/lib/rabbitmq/bin")
@@ -37,24 +40,73 @@ def free_ports(count: int) -> list[int]:
         return [each.getsockname()[1] for each in sockets]
 
 
-class RabbitServer:
-    """One RabbitMQ node. `config` is added to its rabbitmq.conf, `tls` names a directory that
-    holds ca.pem, server.pem and server.key.
+@dataclass(frozen=True)
+class Node:
+    """A running server, as those see it who may use it and not stop it."""
 
-    It must be started from the main thread: the death signal follows the thread, not the process.
+    name: str
+    port: int
+    tls_port: int
+    directory: str
+    environment: dict[str, str]
+
+    def url(self, vhost: str = "/", *, user: str = "guest", password: str = "guest") -> str:
+        quote = urllib.parse.quote
+        return (
+            f"amqp://{quote(user, safe='')}:{quote(password, safe='')}"
+            f"@127.0.0.1:{self.port}/{quote(vhost, safe='')}"
+        )
+
+    def ctl(self, *words: str) -> str:
+        """Run rabbitmqctl and return what it printed. It takes about a second."""
+        done = subprocess.run(
+            [str(SCRIPTS / "rabbitmqctl"), "--quiet", *words],
+            env=self.environment,
+            cwd=self.directory,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+        )
+        if done.returncode != 0:
+            raise AssertionError(f"rabbitmqctl {' '.join(words)}: {done.stdout}{done.stderr}")
+        return done.stdout
+
+    def eval(self, erlang: str) -> str:
+        return self.ctl("eval", erlang).strip()
+
+    def add_vhost(self, name: str) -> None:
+        self.ctl("add_vhost", name)
+        self.ctl("set_permissions", "--vhost", name, "guest", ".*", ".*", ".*")
+
+    @property
+    def log(self) -> str:
+        files = Path(self.directory, "log").glob("*.log")
+        return "\n".join(each.read_text(errors="replace") for each in files)
+
+
+class RabbitServer:
+    """One RabbitMQ node of our own. It listens only after `start`.
+
+    `config` is added to its rabbitmq.conf; `tls` is a directory that holds ca.pem, server.pem and
+    server.key. Start it from the main thread: the death signal follows the thread that started.
     """
 
-    def __init__(self, *, config: str = "", tls: Path | None = None) -> None:
-        self._directory = Path(tempfile.mkdtemp(prefix="taskd-rabbitmq-"))
-        self.port, self.tls_port, dist, epmd, ctl = free_ports(5)
+    def __init__(
+        self, *, directory: Path | None = None, config: str = "", tls: Path | None = None
+    ) -> None:
+        self._directory = directory or Path(tempfile.mkdtemp(prefix="taskd-rabbitmq-"))
+        port, tls_port, distribution, epmd, ctl = free_ports(5)
         self._epmd_port = epmd
         self._server: subprocess.Popen[bytes] | None = None
         self._epmd: subprocess.Popen[bytes] | None = None
-        self.node = f"taskd-{os.getpid()}-{self.port}@localhost"
-        self._environment = self._make_environment(dist, ctl)
+        name = f"taskd-{os.getpid()}-{port}@localhost"
+        environment = self._environment(name, distribution, ctl)
+        self.node = Node(name, port, tls_port, str(self._directory), environment)
         self._write_files(config, tls)
 
-    def _make_environment(self, dist: int, ctl: int) -> dict[str, str]:
+    def _environment(self, name: str, distribution: int, ctl: int) -> dict[str, str]:
         here = self._directory
         loopback = "-kernel inet_dist_use_interface {127,0,0,1}"
         return {
@@ -63,8 +115,8 @@ class RabbitServer:
             "HOME": str(here),  # the Erlang cookie is looked for here
             "ERL_EPMD_PORT": str(self._epmd_port),
             "ERL_EPMD_ADDRESS": "127.0.0.1",
-            "RABBITMQ_NODENAME": self.node,
-            "RABBITMQ_DIST_PORT": str(dist),
+            "RABBITMQ_NODENAME": name,
+            "RABBITMQ_DIST_PORT": str(distribution),
             "RABBITMQ_CTL_DIST_PORT_MIN": str(ctl),
             "RABBITMQ_CTL_DIST_PORT_MAX": str(ctl + 10),
             "RABBITMQ_CONFIG_FILE": str(here / "rabbitmq"),
@@ -85,7 +137,7 @@ class RabbitServer:
     def _write_files(self, config: str, tls: Path | None) -> None:
         here = self._directory
         lines = [
-            f"listeners.tcp.1 = 127.0.0.1:{self.port}",
+            f"listeners.tcp.1 = 127.0.0.1:{self.node.port}",
             "loopback_users = none",
             "log.console = false",
             "disk_free_limit.absolute = 10MB",
@@ -93,7 +145,7 @@ class RabbitServer:
         ]
         if tls is not None:
             lines += [
-                f"listeners.ssl.1 = 127.0.0.1:{self.tls_port}",
+                f"listeners.ssl.1 = 127.0.0.1:{self.node.tls_port}",
                 f"ssl_options.cacertfile = {tls}/ca.pem",
                 f"ssl_options.certfile = {tls}/server.pem",
                 f"ssl_options.keyfile = {tls}/server.key",
@@ -115,7 +167,7 @@ class RabbitServer:
             self._epmd = self._spawn([epmd, "-port", str(self._epmd_port)])
             self._wait(lambda: _listens(self._epmd_port), "epmd")
         self._server = self._spawn([str(SCRIPTS / "rabbitmq-server")])
-        self._wait(lambda: _greets(self.port), "RabbitMQ")
+        self._wait(lambda: _greets(self.node.port), "RabbitMQ")
         return self
 
     def stop(self) -> None:
@@ -151,43 +203,10 @@ class RabbitServer:
     # Use
 
     def url(self, vhost: str = "/", *, user: str = "guest", password: str = "guest") -> str:
-        quote = urllib.parse.quote
-        return (
-            f"amqp://{quote(user, safe='')}:{quote(password, safe='')}"
-            f"@127.0.0.1:{self.port}/{quote(vhost, safe='')}"
-        )
+        return self.node.url(vhost, user=user, password=password)
 
     def ctl(self, *words: str) -> str:
-        """Run rabbitmqctl and return what it printed. It takes about a second."""
-        return self._control("rabbitmqctl", *words)
-
-    def eval(self, erlang: str) -> str:
-        return self.ctl("eval", erlang).strip()
-
-    def add_vhost(self, name: str) -> None:
-        self.ctl("add_vhost", name)
-        self.ctl("set_permissions", "--vhost", name, "guest", ".*", ".*", ".*")
-
-    @property
-    def log(self) -> str:
-        return "\n".join(
-            each.read_text(errors="replace") for each in (self._directory / "log").glob("*.log")
-        )
-
-    def _control(self, script: str, *words: str) -> str:
-        done = subprocess.run(
-            [str(SCRIPTS / script), "--quiet", *words],
-            env=self._environment,
-            cwd=self._directory,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE,
-            check=False,
-        )
-        if done.returncode != 0:
-            raise AssertionError(f"{script} {' '.join(words)}: {done.stdout}{done.stderr}")
-        return done.stdout
+        return self.node.ctl(*words)
 
     def _spawn(self, argv: list[str]) -> subprocess.Popen[bytes]:
         parent = os.getpid()
@@ -200,7 +219,7 @@ class RabbitServer:
         with (self._directory / "console").open("ab") as console:
             return subprocess.Popen(
                 argv,
-                env=self._environment,
+                env=self.node.environment,
                 cwd=self._directory,
                 stdin=subprocess.DEVNULL,
                 stdout=console,
@@ -220,16 +239,15 @@ class RabbitServer:
         except subprocess.TimeoutExpired:
             server.kill()
             server.wait()
-        self._wait(lambda: not _listens(self.port), "the end of RabbitMQ")
+        self._wait(lambda: not _listens(self.node.port), "the end of RabbitMQ")
 
-    def _wait(self, condition: object, what: str) -> None:
-        assert callable(condition)
+    def _wait(self, condition: Callable[[], bool], what: str) -> None:
         deadline = time.monotonic() + PATIENCE
         while not condition():
             ended = self._server is not None and self._server.poll() is not None
             if ended or time.monotonic() > deadline:
                 console = (self._directory / "console").read_text(errors="replace")
-                raise AssertionError(f"waited for {what}\n{console}\n{self.log}")
+                raise AssertionError(f"waited for {what}\n{console}\n{self.node.log}")
             time.sleep(0.02)
 
 
@@ -254,9 +272,49 @@ def _greets(port: int) -> bool:
 
 
 @contextlib.contextmanager
-def running_server(*, config: str = "", tls: Path | None = None) -> Iterator[RabbitServer]:
-    server = RabbitServer(config=config, tls=tls)
+def running_server(
+    *, directory: Path | None = None, config: str = "", tls: Path | None = None
+) -> Iterator[RabbitServer]:
+    server = RabbitServer(directory=directory, config=config, tls=tls)
     try:
         yield server.start()
     finally:
         server.close()
+
+
+@contextlib.contextmanager
+def shared_node(meeting: Path) -> Iterator[Node]:
+    """One server for all processes that name the same directory.
+
+    Starting one takes eight seconds of a processor. Whoever comes first starts it, and ends it
+    when the last one has gone.
+    """
+    state = meeting / "rabbitmq.json"
+    with (meeting / "rabbitmq.users").open("w") as users:
+        server = None
+        with _locked(meeting):
+            if not state.exists():
+                server = RabbitServer(directory=Path(tempfile.mkdtemp(dir=meeting)))
+                try:
+                    state.write_text(json.dumps(asdict(server.start().node)))
+                except BaseException:
+                    server.close()
+                    raise
+            node = Node(**json.loads(state.read_text()))
+            fcntl.flock(users, fcntl.LOCK_SH)
+        try:
+            yield node
+        finally:
+            fcntl.flock(users, fcntl.LOCK_UN)
+            if server is not None:
+                with _locked(meeting):
+                    state.unlink()
+                fcntl.flock(users, fcntl.LOCK_EX)
+                server.close()
+
+
+@contextlib.contextmanager
+def _locked(meeting: Path) -> Iterator[None]:
+    with (meeting / "rabbitmq.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
