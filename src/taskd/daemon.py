@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from taskd import journal
+from taskd.children import notify
 from taskd.children.child import Children
 from taskd.children.guardian import Guardian
 from taskd.config import reader
@@ -95,8 +96,10 @@ class Daemon:
             self.loop, config.settings.store, daemon_id=daemon_id, on_state=self._on_store
         )
         # Under systemd the unit's cgroup ends what we leave behind.
-        guardian = None if service.under_systemd else Guardian()
         notify_directory = config.settings.control.parent / "notify"
+        guardian = None
+        if not service.under_systemd:
+            guardian = Guardian(notify.mark(notify_directory))
         self.children = Children(
             self.loop, sink, notify_directory=notify_directory, guardian=guardian
         )

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from taskd.children.guardian import RESTART_EVERY, Guardian
+from taskd.children.notify import mark
 from taskd.kernel.process import descendants
 from tests.support.children import Nursery
 from tests.support.waiting import wait_until
@@ -19,7 +20,7 @@ DAEMON = """
 import sys
 from taskd.children.guardian import Guardian
 from tests.support.children import Nursery
-guardian = Guardian()
+guardian = Guardian("/nowhere/")
 with Nursery(guardian=guardian) as nursery:
     ended = [nursery.start("/bin/true") for _ in range(5)]
     nursery.finish(*ended)
@@ -74,6 +75,25 @@ def test_a_killed_daemon_leaves_no_child_behind(daemon: subprocess.Popen[str]) -
     wait_until(lambda: not any(map(alive, [guardian, *tree])))
 
 
+def test_a_session_of_its_own_does_not_hide_a_process_that_began_with_our_environment(
+    tmp_path: Path,
+) -> None:
+    guardian = Guardian(mark(tmp_path))
+    with Nursery(guardian=guardian, notify_directory=tmp_path) as nursery:
+        run = nursery.shell("setsid sleep 1000 & echo $!; sleep 0.1")
+        nursery.finish(run)
+        escaped = int(run.child.output.tail())
+        stranger = subprocess.Popen(
+            ["/bin/sleep", "1000"], env={"NOTIFY_SOCKET": f"{tmp_path}/1.1"}
+        )
+        assert alive(escaped)
+        guardian.close()
+        wait_until(lambda: not alive(escaped))
+        assert alive(stranger.pid)
+        stranger.kill()
+        stranger.wait()
+
+
 def test_the_signals_of_a_terminal_do_not_end_the_guardian(
     daemon: subprocess.Popen[str],
 ) -> None:
@@ -106,7 +126,7 @@ def tree(pids: list[int]) -> set[int]:
 def test_a_guardian_that_cannot_live_is_tried_once_in_a_while(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    guardian = Guardian()
+    guardian = Guardian("/nowhere/")
     with Nursery(guardian=guardian) as nursery:
         started = []
         for _ in range(3):
@@ -120,7 +140,7 @@ def test_a_guardian_that_cannot_live_is_tried_once_in_a_while(
 
 def test_who_has_ended_is_taken_off_the_table() -> None:
     """Its number may be somebody else's by the time the daemon dies."""
-    guardian = Guardian()
+    guardian = Guardian("/nowhere/")
     with Nursery(guardian=guardian) as nursery:
         run = nursery.start("/bin/true")
         nursery.finish(run)

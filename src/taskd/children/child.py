@@ -219,7 +219,7 @@ class Children:
             os.set_blocking(stdout, False)
             os.set_blocking(stderr, False)
             if self._notify_directory is not None:
-                path = f"{self._notify_directory}/{next(self._numbers)}"
+                path = f"{notify.mark(self._notify_directory)}{next(self._numbers)}"
                 socket = NotifySocket(self._loop, path, uid=self._uid, on_notify=on_notify)
                 environment = {**environment, "NOTIFY_SOCKET": path}
             pid = spawn(

@@ -1,9 +1,10 @@
 """The guardian: nobody survives the daemon, even where no systemd sees to it.
 
 A small process of its own holds the reading end of a pipe and shares with us a table of
-process groups; when the pipe closes, it kills them. Two escape it: who has made a session of
-its own, and a child born in the microseconds before the daemon's death, which is not in the
-table yet. For them it takes a cgroup.
+process groups; when the pipe closes, it kills them, and then whoever has one of this daemon's
+notify sockets in its environment: a child born in the microseconds before the daemon's death,
+which is not in the table yet, and what went into a session of its own. Who was started with
+another environment besides escapes; for that it takes a cgroup.
 """
 
 import contextlib
@@ -32,7 +33,9 @@ class Guardian:
     nobody, which took a tenth of a short child's whole time.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, mark: str) -> None:
+        """`mark`: how NOTIFY_SOCKET begins in our children, and in nobody else's."""
+        self._mark = mark
         self.pid = 0  # 0: there is none
         self._pipe = -1
         self._started = -RESTART_EVERY
@@ -91,7 +94,7 @@ class Guardian:
             null = os.open(os.devnull, os.O_RDWR)
             stack.callback(os.close, null)
             self.pid = spawn(
-                (sys.executable, "-I", "-S", str(SENTINEL)),
+                (sys.executable, "-I", "-S", str(SENTINEL), self._mark),
                 {},
                 stdin=reading,
                 stdout=self._table_fd,

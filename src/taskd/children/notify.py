@@ -49,13 +49,18 @@ class Notice:
 NOTHING = Notice()
 
 
+def mark(directory: Path) -> str:
+    """How the paths of this daemon's sockets begin, and those of no other daemon."""
+    return f"{directory}/{os.getpid()}."
+
+
 def prepare(directory: Path) -> None:
     """Make the directory for the sockets, and clear away those of an earlier life."""
-    if len(os.fsencode(directory)) + len("/4294967295") > PATH_MAX:
+    if len(os.fsencode(directory)) + len("/4194304.4294967295") > PATH_MAX:
         raise ValueError(f"{directory}: too long for the path of a socket ({PATH_MAX} bytes)")
     directory.mkdir(parents=True, exist_ok=True)
     for entry in directory.iterdir():
-        if entry.name.isdecimal() and entry.is_socket():
+        if entry.name.replace(".", "", 1).isdecimal() and entry.is_socket():
             entry.unlink()
 
 
