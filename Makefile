@@ -4,8 +4,9 @@
 .PHONY: demo test lint bench clean provision-demo provision-test
 .NOTPARALLEL:
 
-# Tests that may not run beside each other share an xdist_group.
-PYTEST := -m pytest -n $(shell nproc) --dist loadgroup
+# Two workers a processor, since tests wait more than they compute. Tests that may not run beside
+# each other share an xdist_group.
+PYTEST := -m pytest -n $(shell expr 2 '*' $$(nproc)) --dist loadgroup
 
 demo: .venv/installed
 	packaging/examples/demo
