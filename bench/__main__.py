@@ -24,7 +24,7 @@ PREFETCH = 32
 CONFIG = """
 [taskd]
 store = sqlite:///{directory}/taskd.db
-control = {directory}/control.sock
+control = {run}/control.sock
 max_running = {prefetch}
 
 [queue:bench]
@@ -63,9 +63,13 @@ def bare(url: str, count: int) -> float:
 
 def taskd(url: str, count: int) -> tuple[float, dict[str, int]]:
     """Jobs a second of taskd, and its memory at the end in bytes."""
-    with tempfile.TemporaryDirectory(prefix="taskd-bench-") as directory:
+    # Sockets in memory and the store on a disk, as /run and /var/lib are.
+    with (
+        tempfile.TemporaryDirectory(prefix="taskd-bench-") as directory,
+        tempfile.TemporaryDirectory(prefix="taskd-bench-", dir="/dev/shm") as run,
+    ):
         config = Path(directory, "taskd.conf")
-        config.write_text(CONFIG.format(directory=directory, url=url, prefetch=PREFETCH))
+        config.write_text(CONFIG.format(directory=directory, run=run, url=url, prefetch=PREFETCH))
         with Path(directory, "log").open("wb") as output:
             daemon = subprocess.Popen(
                 [sys.executable, "-m", "taskd.main", "--config", str(config)], stderr=output

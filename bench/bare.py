@@ -12,6 +12,7 @@ import sys
 import time
 
 import pika
+
 from taskd.kernel.signals import SignalFd
 
 TRUE = "/bin/true"

@@ -121,9 +121,7 @@ DAEMON_MOVES: dict[DaemonState, frozenset[DaemonState]] = {
     DaemonState.STOPPED: frozenset(),
 }
 
-FINAL = frozenset(
-    {JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED, JobState.REJECTED}
-)
+FINAL = frozenset({JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED, JobState.REJECTED})
 
 S = TypeVar("S", bound=StrEnum)
 

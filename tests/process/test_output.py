@@ -1,5 +1,4 @@
 import os
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -7,7 +6,7 @@ import pytest
 
 from taskd.children.child import DRAIN_PATIENCE
 from taskd.children.outlet import PATIENCE
-from taskd.children.output import LINE_MAX, Output
+from taskd.children.output import LINE_MAX, LINES_PER_TURN, READ_MAX, Output
 from taskd.journal import JournalSink
 from taskd.states import ChildState
 from tests.support.children import Nursery
@@ -158,19 +157,17 @@ class Meter:
 
     def __init__(self) -> None:
         self.lines = 0
-        self.bytes = 0
         self.peak = 0
-        self.slow: list[float] = []
+        self.ticks: list[int] = []  # how much of the flood had come by then
 
     def encode(self, fields: Mapping[str, str]) -> bytes:
-        return b"slow" if "SLOW" in fields else b"flood"
+        return b"tick" if "TICK" in fields else b"flood"
 
     def write(self, message: bytes, priority: int, fields: bytes = b"") -> bool:
-        if fields == b"slow":
-            self.slow.append(time.monotonic())
+        if fields == b"tick":
+            self.ticks.append(self.lines)
             return True
         self.lines += 1
-        self.bytes += len(message)
         if self.lines % 1000 == 0:
             self.peak = max(self.peak, memory())
         return True
@@ -203,17 +200,30 @@ def test_a_flood_costs_no_memory_and_holds_up_nobody(flood: str) -> None:
         before = memory()
         run = nursery.shell(flood)
         ticks = nursery.shell(
-            "for n in 1 2 3 4 5 6 7 8 9 10; do echo tick; sleep 0.05; done",
-            fields={"SLOW": "yes"},
+            "for n in 1 2 3 4 5 6 7 8 9 10; do echo tick; sleep 0.02; done",
+            fields={"TICK": "yes"},
         )
+        before_pass = most = (0, 0)
+
+        def on_pass() -> None:
+            nonlocal before_pass, most
+            lines, total = meter.lines, run.child.output.total
+            most = max(most[0], lines - before_pass[0]), max(most[1], total - before_pass[1])
+            before_pass = lines, total
+            if not run.exits:
+                nursery.loop.add_callback(on_pass)
+
+        on_pass()
         nursery.finish(run, ticks, limit=120)
         assert run.exit.code == 0
         assert max(meter.peak, memory()) - before < 20 << 20
         if "1G" in flood:
             assert run.child.output.total == 1 << 30
-        assert len(meter.slow) == 10
-        gaps = [after - tick for tick, after in zip(meter.slow, meter.slow[1:], strict=False)]
-        assert max(gaps) < 0.5
+        assert len(meter.ticks) == 10
+        assert meter.ticks[0] < meter.lines
+        lines_in_a_pass, bytes_in_a_pass = most
+        assert lines_in_a_pass <= 2 * LINES_PER_TURN
+        assert bytes_in_a_pass <= 2 * READ_MAX
 
 
 # A journal that does not keep up
@@ -341,3 +351,47 @@ def test_a_journal_that_is_away_costs_lines_and_is_found_again(journal: Journal)
     nursery.until(lambda: seen.extend(journal.take()) or len(seen) > 10)
     run.child.kill("cancelled")
     nursery.finish(run)
+
+
+class Torn:
+    """A sink that polls writable and refuses all the same, as one short of memory does."""
+
+    def __init__(self) -> None:
+        self.fd = os.eventfd(0)
+        self.refusing = True
+        self.tries = 0
+        self.taken: list[bytes] = []
+        self.lost = 0
+
+    def encode(self, fields: Mapping[str, str]) -> bytes:
+        return b""
+
+    def write(self, message: bytes, priority: int, fields: bytes = b"") -> bool:
+        self.tries += 1
+        if not self.refusing:
+            self.taken.append(message)
+        return not self.refusing
+
+    def fileno(self) -> int:
+        return self.fd
+
+    def drop(self, count: int, fields: bytes = b"") -> None:
+        self.lost += count
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+def test_a_sink_that_is_writable_and_refuses_is_given_up_in_time_too() -> None:
+    sink = Torn()
+    with Nursery(sink) as nursery:
+        run = nursery.shell("seq 10; read line; seq 11 20")
+        nursery.until(lambda: sink.tries > 10)
+        assert sink.lost == 0
+        nursery.clock.ahead += PATIENCE
+        nursery.finish(run)
+        assert (sink.lost, run.child.output.lost, run.exit.code) == (20, 20, 0)
+        sink.refusing = False
+        nursery.finish(nursery.shell("echo back"))
+        assert sink.taken == [b"back"]
+    sink.close()

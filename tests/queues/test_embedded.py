@@ -194,6 +194,18 @@ def test_no_more_is_claimed_than_there_is_room_and_a_settlement_makes_some(
     assert fourth.settled is False
 
 
+def test_two_looks_at_once_would_claim_too_much(store: Store, no_look: None) -> None:
+    store.write(queued("1"), queued("2"))
+    taken = Taken(store, room=1)
+    taken.queue.consume(True)
+    for _ in range(2):
+        store.loop.run_once()
+        taken.queue.wake()
+    store.ask(statements.counts)
+    taken.wait_for("1")
+    assert len(store.rows("SELECT id FROM jobs WHERE claimed_by = 'me'")) == 1
+
+
 def test_a_settlement_counts_once(store: Store, no_look: None) -> None:
     store.write(*[queued(str(number)) for number in range(4)])
     taken = Taken(store, room=1)
@@ -270,13 +282,13 @@ def test_what_is_claimed_after_nothing_is_wanted_any_more_goes_back(
 ) -> None:
     store.write(queued("1"))
     taken = Taken(store)
-    with listening() as heard:
-        taken.queue.consume(True)
-        store.loop.call_before_wait(lambda: taken.queue.consume(False))
-        store.turn(lambda: looks(heard))
-        store.turn(taken.queue.drained)
+    taken.queue.consume(True)
+    store.loop.run_once()
+    taken.queue.consume(False)
+    store.ask(statements.counts)
     assert taken.deliveries == []
-    store.turn(lambda: store.row("1")["claimed_by"] is None)
+    store.turn(taken.queue.drained)
+    assert store.row("1")["claimed_by"] is None
 
 
 def test_handing_back_outlasts_bad_weather(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,12 +298,21 @@ def test_handing_back_outlasts_bad_weather(store: Store, monkeypatch: pytest.Mon
     taken.queue.consume(True)
     first, second = taken.wait_for("1", "2")
     taken.queue.consume(False)
+    ask = store.recorder.ask
+    asked: list[Any] = []
+
+    def impatient(question: Any, then: Any) -> None:
+        asked.append(question)
+        ask(question, then, deadline=0.05)
+
+    monkeypatch.setattr(store.recorder, "ask", impatient)
     with locked(store.path):
         store.recorder.write(queued("3"))
         store.away()
         taken.queue.back(first)
         taken.queue.back(second)
         assert taken.queue.status()["state"] is LinkState.DOWN
+        store.turn(lambda: len(asked) > 2)
         assert not taken.queue.drained()
     store.turn(taken.queue.drained)
     assert store.rows("SELECT id FROM jobs WHERE claimed_by IS NOT NULL") == []

@@ -6,6 +6,7 @@ import stat
 import subprocess
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,17 +14,18 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 from sqlalchemy import event
-from sqlalchemy.engine import Connection
+from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.pool import Pool
 
 from taskd.states import JobState, StoreState
-from taskd.store import statements
+from taskd.store import recorder, statements
 from taskd.store.recorder import GRACE, Write
 from tests.support.store import (
     Store,
     elsewhere,
     ended,
     is_away,
+    listening,
     locked,
     queued,
     rows,
@@ -225,10 +227,11 @@ def test_a_row_that_is_refused_whatever_it_says_stops_nobody(store: Store) -> No
 def test_a_locked_database_is_away_once_and_everything_is_written_once(store: Store) -> None:
     audit(store.path)
     durable: list[int] = []
-    with locked(store.path):
+    with locked(store.path), listening() as heard:
         for number in range(10):
             store.recorder.write(queued(str(number)), partial(durable.append, number))
         assert store.away() == "database is locked"
+        store.turn(lambda: [sql for sql, _ in heard].count("BEGIN IMMEDIATE") > 2)
         for number in range(10, 20):
             store.recorder.write(queued(str(number)), partial(durable.append, number))
         reads = store.ask(statements.counts)
@@ -434,6 +437,29 @@ def test_a_question_sees_what_was_written_before_it(store: Store) -> None:
     assert all(answers)
 
 
+def test_nobody_writes_between_what_a_claim_reads_and_what_it_writes(store: Store) -> None:
+    # SQLite would refuse the claim then, without any waiting.
+    store.write(queued("1"))
+    refusals: list[str] = []
+
+    def on_execute(connection: Any, cursor: Any, sql: str, *more: Any) -> None:
+        if sql.startswith("UPDATE jobs SET claimed_by"):
+            with closing(sqlite3.connect(store.path, timeout=0)) as other:
+                try:
+                    other.execute("INSERT INTO jobs (id, task) VALUES ('2', 'build')")
+                    other.commit()
+                except sqlite3.OperationalError as error:
+                    refusals.append(str(error))
+
+    event.listen(Engine, "before_cursor_execute", on_execute)
+    try:
+        [row] = store.ask(partial(statements.claim, queue="q", room=1, daemon_id="me"))
+    finally:
+        event.remove(Engine, "before_cursor_execute", on_execute)
+    assert row["id"] == "1"
+    assert refusals == ["database is locked"]
+
+
 def test_questions_that_write_share_a_commit_and_one_that_is_refused_undoes_no_other(
     store: Store,
 ) -> None:
@@ -586,6 +612,16 @@ def test_close_waits_for_better_weather_as_long_as_it_may(store: Store) -> None:
         assert store.recorder.close(30)
         unlock.join()
     assert store.rows("SELECT id FROM jobs") == [{"id": "1"}]
+
+
+def test_close_does_not_sit_out_a_long_pause(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorder, "FIRST_PAUSE", 1000.0)
+    with Store(path) as store:
+        with locked(store.up().path):
+            store.recorder.write(queued("1"))
+            store.away()
+        assert store.recorder.close(100)
+        assert store.rows("SELECT id FROM jobs") == [{"id": "1"}]
 
 
 def test_a_recorder_that_was_never_started_has_nothing_to_close(path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from taskd.errors import Rejected
 from taskd.work import message
 from tests.support.messages import delivery, queue, task

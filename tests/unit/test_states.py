@@ -1,6 +1,7 @@
 """The tables of the state machines cover their enums, and refuse what they do not list."""
 
 import pytest
+
 from taskd import states
 from taskd.states import JobState, move
 

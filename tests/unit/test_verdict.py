@@ -1,6 +1,7 @@
 """Verdicts: what the store knows of an id, and what follows for a message that carries it."""
 
 import pytest
+
 from taskd.work.verdict import Verdict, verdict
 from tests.support.messages import delivery
 

@@ -22,8 +22,8 @@ class Outlet:
         self._loop = loop
         self._sink = sink
         self._waiting: deque[Callable[[], None]] = deque()
-        self._watched = -1  # the sink's descriptor while it is full
-        self._patience: Timer | None = None
+        self._watched = -1  # the sink's descriptor, after a refusal
+        self._patience: Timer | None = None  # from the first refusal until a line is taken
 
     def encode(self, fields: Mapping[str, str]) -> bytes:
         return self._sink.encode(fields)
@@ -31,10 +31,12 @@ class Outlet:
     def put(self, line: bytes, priority: int, fields: bytes) -> bool:
         """Hand over one line. False: it was not taken; `wait`, or `spill` when `spilling`."""
         if self._sink.write(line, priority, fields):
-            if self._watched >= 0:
-                self._open()
+            if self._patience is not None:
+                self._recover()
             return True
-        self._shut()
+        self._watch()
+        if self._patience is None:
+            self._patience = self._loop.call_later(PATIENCE, self._on_impatience)
         return False
 
     def spill(self, count: int, fields: bytes) -> None:
@@ -47,41 +49,43 @@ class Outlet:
 
     def close(self) -> None:
         self._waiting.clear()
-        self._open()
+        self._recover()
 
-    def _shut(self) -> None:
+    def _watch(self) -> None:
         # A sink that lost its journal names another descriptor than one whose journal is full.
         fd = self._sink.fileno()
-        if fd == self._watched:
-            return
-        if self._watched >= 0:
-            self._loop.remove_handler(self._watched)
-        self._watched = fd
-        self._loop.add_handler(fd, self._on_writable, Loop.WRITE)
-        if self._patience is None:
-            self._patience = self._loop.call_later(PATIENCE, self._on_impatience)
+        if fd != self._watched:
+            self._unwatch()
+            self._watched = fd
+            self._loop.add_handler(fd, self._on_writable, Loop.WRITE)
 
-    def _open(self) -> None:
+    def _unwatch(self) -> None:
         if self._watched >= 0:
             self._loop.remove_handler(self._watched)
             self._watched = -1
+
+    def _recover(self) -> None:
+        self._unwatch()
+        self.spilling = False
         if self._patience is not None:
             self._patience.cancel()
             self._patience = None
-        self.spilling = False
         if self._waiting:
             self._loop.add_callback(self._serve)
 
     def _on_writable(self, fd: int, events: int) -> None:
-        self._open()
+        # Only a line that was taken ends the patience: short of memory, a socket may poll
+        # writable and refuse all the same.
+        self._unwatch()
+        self._serve()
 
     def _on_impatience(self) -> None:
         self.spilling = True
         self._serve()
 
     def _serve(self) -> None:
-        """Let each that waits try, in turn, until the sink is full again."""
-        for _ in range(len(self._waiting)):
-            if self._watched >= 0 and not self.spilling:
-                break
+        """Let each that waits try, in turn, until one is refused."""
+        turns = len(self._waiting)
+        while turns and self._waiting and (self._watched < 0 or self.spilling):
+            turns -= 1
             self._waiting.popleft()()
