@@ -187,6 +187,12 @@ def test_a_missing_task_is_recorded_as_such(store: Store) -> None:
     assert store.row("good")["reason"] is None
 
 
+def test_a_value_of_no_kind_that_a_column_has_is_refused_like_any_other(store: Store) -> None:
+    store.write(queued("1", result={"a": 1}), queued("2"))
+    assert store.row("1")["reason"] == "unrecordable: result"
+    assert store.row("2")["reason"] is None
+
+
 def test_a_column_with_a_default_falls_back_to_it(store: Store) -> None:
     store.write(queued("1", priority=None, exit_code=1 << 70))
     row = store.row("1")
