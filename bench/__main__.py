@@ -61,8 +61,8 @@ def bare(url: str, count: int) -> float:
     return count / float(ran.stdout)
 
 
-def taskd(url: str, count: int) -> tuple[float, dict[str, int]]:
-    """Jobs a second of taskd, and its memory at the end in bytes."""
+def taskd(url: str, count: int) -> tuple[float, float, int]:
+    """Jobs a second of taskd, its processor seconds a job, its memory in bytes at the end."""
     # Sockets in memory and the store on a disk, as /run and /var/lib are.
     with (
         tempfile.TemporaryDirectory(prefix="taskd-bench-") as directory,
@@ -77,7 +77,7 @@ def taskd(url: str, count: int) -> tuple[float, dict[str, int]]:
         try:
             store = f"file:{directory}/taskd.db?mode=ro"
             wait_until(lambda: finished(store) == count, limit=300)
-            memory = pss(daemon.pid)
+            memory, processor = pss(daemon.pid), cpu(daemon.pid)
         finally:
             daemon.send_signal(signal.SIGTERM)
             code = daemon.wait(60)
@@ -88,7 +88,7 @@ def taskd(url: str, count: int) -> tuple[float, dict[str, int]]:
                 "SELECT min(started_at), max(finished_at) FROM jobs"
             ).fetchone()
     seconds = (datetime.fromisoformat(last) - datetime.fromisoformat(first)).total_seconds()
-    return count / seconds, memory
+    return count / seconds, processor / count, memory
 
 
 def finished(store: str) -> int:
@@ -100,10 +100,16 @@ def finished(store: str) -> int:
         return 0  # the daemon has not made it yet
 
 
-def pss(pid: int) -> dict[str, int]:
-    """The memory of a process, from smaps_rollup (proc(5)), in bytes."""
-    lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines()[1:]
-    return {key: int(value.split()[0]) * 1024 for key, value in (x.split(":") for x in lines)}
+def pss(pid: int) -> int:
+    """The memory of a process in bytes, its share of what is shared (proc_pid_smaps(5))."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+
+
+def cpu(pid: int) -> float:
+    """Processor seconds of a process, without its children's (proc_pid_stat(5))."""
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def main() -> None:
@@ -120,11 +126,11 @@ def main() -> None:
                 fill(server.url(), count, named=named)
                 base = bare(server.url(), count)
                 fill(server.url(), count, named=named)
-                rate, memory = taskd(server.url(), count)
+                rate, processor, memory = taskd(server.url(), count)
                 ratios.append(rate / base)
                 print(
                     f"bare {base:7.0f}/s   taskd {rate:7.0f}/s   ratio {rate / base:.2f}   "
-                    f"PSS {memory['Pss'] / 2**20:.1f} MB",
+                    f"processor {processor * 1e6:.0f} us a job   PSS {memory / 2**20:.1f} MB",
                     flush=True,
                 )
             print(f"/bin/true per message, {title}: median ratio {statistics.median(ratios):.2f}")
