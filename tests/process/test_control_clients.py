@@ -18,7 +18,7 @@ from taskd.control.connection import Limits
 from taskd.control.server import Server
 from taskd.kernel.loop import Loop
 from tests.conftest import needs
-from tests.support.control import Desk, Serving
+from tests.support.control import RESP2, Desk, Serving
 from tests.support.waiting import wait_until
 
 PASSWORD = "sehr geheim"
@@ -211,7 +211,7 @@ def test_redis_cli_subscribes(serving: Serving) -> None:
 
 def test_redis_py_asks_pipelines_and_subscribes(serving: Serving) -> None:
     with redis.Redis(
-        unix_socket_path=str(serving.path), protocol=2, client_name="dash", decode_responses=True
+        unix_socket_path=str(serving.path), client_name="dash", decode_responses=True, **RESP2
     ) as client:
         assert client.ping() is True
         assert client.execute_command("ECHO", "x") == '["x"]'
@@ -238,11 +238,11 @@ def test_redis_py_asks_pipelines_and_subscribes(serving: Serving) -> None:
 def test_redis_py_over_tcp_gives_the_password(tmp_path: Path) -> None:
     with on_tcp(tmp_path) as serving:
         host, port = serving.address
-        with redis.Redis(host, port, protocol=2, password=PASSWORD) as client:
+        with redis.Redis(host, port, password=PASSWORD, **RESP2) as client:
             assert client.ping() is True
         with (
-            redis.Redis(host, port, protocol=2, password="wrong") as client,
-            pytest.raises(redis.AuthenticationError),
+            redis.Redis(host, port, password="wrong", **RESP2) as client,
+            pytest.raises(redis.RedisError, match="invalid username-password pair"),
         ):
             client.ping()
 

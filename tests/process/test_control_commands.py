@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import redis
 
 from taskd.control import commands
 from taskd.states import JobState
-from tests.support.control import Serving
+from tests.support.control import RESP2, Serving
 from tests.support.small_daemon import SmallDaemon
 from tests.support.waiting import wait_until
 
@@ -18,19 +19,28 @@ from tests.support.waiting import wait_until
 class Asked:
     """The server with all verbs, and a client that reads JSON."""
 
-    def __init__(self, serving: Serving, daemon: SmallDaemon, client: "redis.Redis") -> None:
+    def __init__(self, serving: Serving, daemon: SmallDaemon, stack: ExitStack) -> None:
+        self.path = serving.path
         self.ask = serving.ask
         self.daemon = daemon
-        self.redis = client
+        self._stack = stack
+        self._connection = self.connect()
+
+    def redis(self) -> Any:
+        return self._stack.enter_context(redis.Redis(unix_socket_path=str(self.path), **RESP2))
+
+    def connect(self) -> Any:
+        """A connection of redis-py, under its table of commands, which reshapes some answers."""
+        connection = redis.UnixDomainSocketConnection(
+            path=str(self.path), socket_timeout=30, **RESP2
+        )
+        self._stack.callback(connection.disconnect)
+        return connection
 
     def words(self, *words: str | bytes) -> Any:
-        """The answer as it is. Not by redis-py's command table: it would reshape INFO."""
-        connection = self.redis.connection_pool.get_connection()
-        try:
-            connection.send_command(*words)
-            return connection.read_response()
-        finally:
-            self.redis.connection_pool.release(connection)
+        """The answer as it is."""
+        self._connection.send_command(*words)
+        return self._connection.read_response()
 
     def json(self, *words: str | bytes) -> Any:
         return json.loads(self.words(*words))
@@ -43,12 +53,9 @@ class Asked:
 
 @pytest.fixture
 def asked(tmp_path: Path) -> Iterator[Asked]:
-    path, daemon = tmp_path / "s", SmallDaemon()
-    with (
-        Serving(path, commands.verbs(daemon)) as serving,
-        redis.Redis(unix_socket_path=str(path), protocol=2, socket_timeout=30) as client,
-    ):
-        yield Asked(serving, daemon, client)
+    daemon = SmallDaemon()
+    with Serving(tmp_path / "s", commands.verbs(daemon)) as serving, ExitStack() as stack:
+        yield Asked(serving, daemon, stack)
 
 
 def test_info_is_written_as_redis_writes_it(asked: Asked) -> None:
@@ -58,7 +65,7 @@ def test_info_is_written_as_redis_writes_it(asked: Asked) -> None:
         "# Memory\r\nused_memory_rss:26214400\r\n"
     )
     assert asked.words("INFO", "memory") == b"# Memory\r\nused_memory_rss:26214400\r\n"
-    assert asked.redis.info()["process_id"] == 4711
+    assert asked.redis().info()["process_id"] == 4711
 
 
 def test_help_names_every_verb(asked: Asked) -> None:
@@ -162,7 +169,7 @@ def test_output_is_text_or_base64_and_tells_where_it_goes_on(asked: Asked) -> No
 def test_output_with_follow_waits_until_there_is_something(asked: Asked) -> None:
     asked.daemon.add("a")
     asked.ask(lambda: asked.daemon.begin("a"))
-    following = asked.redis.connection_pool.get_connection()
+    following = asked.connect()
     following.send_command("OUTPUT", "a", "FOLLOW")
     wait_until(lambda: asked.ask(lambda: bool(asked.daemon.jobs_by_id["a"].waiting)))
     asked.ask(lambda: asked.daemon.speak("a", b"x"))
@@ -172,7 +179,6 @@ def test_output_with_follow_waits_until_there_is_something(asked: Asked) -> None
     asked.ask(lambda: asked.daemon.end("a", JobState.SUCCEEDED))
     last = json.loads(following.read_response())
     assert (last["data"], last["ended"]) == ("", True)
-    asked.redis.connection_pool.release(following)
 
 
 def test_dead_letters_are_retried_each_by_itself(asked: Asked) -> None:
@@ -216,7 +222,7 @@ def test_reload_tells_what_changes_and_every_problem(asked: Asked) -> None:
 
 
 def test_a_subscriber_hears_what_happens_to_jobs(asked: Asked) -> None:
-    with asked.redis.pubsub(ignore_subscribe_messages=True) as pubsub:
+    with asked.redis().pubsub(ignore_subscribe_messages=True) as pubsub:
         pubsub.subscribe("events")
         wait_until(lambda: asked.ask(lambda: bool(asked.daemon.events)))
         asked.daemon.add("a")

@@ -7,6 +7,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
+import redis
+
 from taskd.control import resp
 from taskd.control.connection import Call, Limits, Verb
 from taskd.control.server import Server
@@ -16,6 +18,9 @@ from taskd.kernel.loop import Loop
 from taskd.work.events import Events
 
 T = TypeVar("T")
+
+# For redis-py: from 8.0 on it speaks RESP3 unless told not to; before 4.6 it could not be told.
+RESP2 = {"protocol": 2} if int(redis.__version__.split(".")[0]) >= 5 else {}
 
 
 class Serving:
