@@ -271,6 +271,9 @@ def test_a_new_message_with_the_id_of_a_finished_job_is_not_run(taskd, broker):
     taskd.until("twice", "succeeded")
     broker.publish({"task": "mixed", "params": {"kind": "succeed"}}, message_id="twice")
     wait_until(lambda: "not run again" in taskd.log)
+    # Who waits for the job of that id hears how it ended.
+    ran = taskd.ctl("submit", "mixed", '{"kind": "succeed"}', "--id", "twice", "--wait")
+    assert ran.code == 0, ran
     assert len(runs(taskd)) == 1
 
 

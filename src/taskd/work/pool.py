@@ -182,7 +182,7 @@ class Pool:
             case Verdict.DONE:
                 delivery.source.done(delivery)
             case Verdict.DUPLICATE:
-                self._story.duplicate(job, row["state"])
+                self._story.duplicate(job, row)
                 delivery.source.done(delivery)
         for twin in job.twins:
             twin.source.done(twin)

@@ -88,10 +88,18 @@ class Story:
     def adopted(self, job: Job) -> None:
         log.info("job %s: its message came again, adopted", job.id)
 
-    def duplicate(self, job: Job, state: str) -> None:
+    def duplicate(self, job: Job, row: Mapping[str, Any]) -> None:
+        """A new message has the id of a job that is recorded as `row`."""
         log.warning(
-            "job %s: a new message reuses the id of a job that is %s, not run again", job.id, state
+            "job %s: a new message reuses the id of a job that is %s, not run again",
+            job.id,
+            row["state"],
         )
+        if self._events:
+            state = JobState(row["state"])
+            event = _event("job", job.id, row["task"], job.queue, state)
+            kept = {name: row[name] for name in ("attempt", "reason", "exit_code", "signal")}
+            self._events.publish(event | kept)
 
     def rejected(self, delivery: Delivery, id: str, task: str | None, reason: str) -> None:
         names = {"TASKD_JOB_ID": id, "TASKD_QUEUE": delivery.queue}
