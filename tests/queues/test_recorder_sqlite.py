@@ -34,6 +34,9 @@ from tests.support.store import (
 
 ENDLESS = "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
 
+# What is said of a question whose time was up: on the lock, or before it was its turn.
+LATE = ("database is locked", "the database is busy")
+
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
@@ -486,7 +489,7 @@ def test_a_question_without_end_is_ended_at_its_deadline(store: Store) -> None:
 
     start = store.loop.now()
     answer = store.ask(endless, deadline=0.2)
-    assert is_away(answer) and str(answer) == "it took too long"
+    assert is_away(answer) and str(answer) in ("it took too long", *LATE)
     assert store.loop.now() - start < 10
     store.write(queued("1"))
     assert store.said == [(StoreState.UP, "")]
@@ -496,7 +499,7 @@ def test_a_question_that_needs_the_lock_gives_up_at_its_deadline(path: Path) -> 
     with Store(path, lock_wait=60) as store, locked(store.up().path):
         enqueue = partial(statements.enqueue, row={"id": "1", "task": "build"})
         start = store.loop.now()
-        assert str(store.ask(enqueue, deadline=0.2)) == "database is locked"
+        assert str(store.ask(enqueue, deadline=0.2)) in LATE
         assert store.loop.now() - start < 10
         assert store.recorder.state is StoreState.UP
 
@@ -543,8 +546,7 @@ def test_the_recorder_is_stuck_only_when_a_call_outlasts_its_limit(store: Store)
         asked.set()
         return go_on.wait(30)
 
-    now = store.loop.now()
-    assert not store.recorder.stuck(now + 1e6)  # idle
+    store.turn(lambda: not store.recorder.stuck(store.loop.now() + 1e6))  # idle
     answers: list[Any] = []
     store.recorder.ask(hang, answers.append, deadline=1)
     store.turn(asked.is_set)
