@@ -126,6 +126,26 @@ def listening() -> Iterator[list[tuple[str, Any]]]:
         event.remove(Engine, "before_cursor_execute", on_execute)
 
 
+def audit(path: Path) -> None:
+    """Have the database itself note what is done to it."""
+    what = "CREATE TABLE noted (what TEXT);"
+    for table, key in ("jobs", "id"), ("attempts", "job_id"):
+        for act in "INSERT", "UPDATE":
+            what += (
+                f"CREATE TRIGGER {table}_{act} AFTER {act} ON {table} BEGIN"
+                f" INSERT INTO noted VALUES ('{act} {table} ' || NEW.{key}); END;"
+            )
+    what += (
+        "CREATE TRIGGER payload AFTER UPDATE OF payload ON jobs BEGIN"
+        " INSERT INTO noted VALUES ('payload rewritten'); END;"
+    )
+    elsewhere(path, what)
+
+
+def noted(path: Path) -> list[str]:
+    return [row["what"] for row in rows(path, "SELECT what FROM noted")]
+
+
 def queued(id: str, **columns: Any) -> Write:
     """A job that waits on queue `q`."""
     row = {"id": id, "task": "build", "queue": "q", "state": JobState.QUEUED, **columns}

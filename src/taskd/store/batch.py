@@ -2,8 +2,8 @@
 
 The writes of one job become one row of `jobs`, and those of one attempt one row of `attempts`,
 so that a job which starts and ends between two commits costs two INSERTs. SQLAlchemy writes the
-SQL once for each set of columns; the rows then go to the driver as they are, which takes a third
-of the time that Core's own execute() takes, and this thread shares the interpreter with the loop.
+SQL once for each set of columns; the rows then go to the driver as they are, which takes half of
+the CPU that Core's own execute() takes, and this thread shares the interpreter with the loop.
 """
 
 from collections.abc import Callable, Iterable, Mapping

@@ -121,14 +121,18 @@ class Database:
         connection.exec_driver_sql("BEGIN IMMEDIATE" if self._writes else "BEGIN")
 
     def _on_connect(self, raw: sqlite3.Connection, record: object) -> None:
+        self._until = self._clock() + self._lock_wait
         raw.isolation_level = None  # the driver begins nothing by itself
         # Text of a front end that is not UTF-8 must not end the query it is part of.
         raw.text_factory = lambda text: text.decode("utf-8", "replace")
         raw.set_progress_handler(lambda: self._clock() > self._until, STEPS_BETWEEN_LOOKS)
-        self._until = self._clock() + self._lock_wait
-        raw.execute(f"PRAGMA busy_timeout = {int(self._lock_wait * 1000)}")
-        raw.execute("PRAGMA journal_mode = WAL")
-        raw.execute("PRAGMA synchronous = FULL")
+        try:
+            raw.execute(f"PRAGMA busy_timeout = {int(self._lock_wait * 1000)}")
+            raw.execute("PRAGMA journal_mode = WAL")
+            raw.execute("PRAGMA synchronous = FULL")
+        except sqlite3.Error:
+            raw.close()  # the pool forgets it
+            raise
 
 
 def _path(url: URL) -> Path | None:
