@@ -1,4 +1,4 @@
-"""The recorder, on real files of SQLite, in fair weather and foul."""
+"""The recorder, on real files of SQLite."""
 
 import os
 import sqlite3
