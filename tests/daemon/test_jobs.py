@@ -45,6 +45,9 @@ command = /bin/false
 retries = 1
 retry_delay = 1h
 
+[task:explain]
+command = /bin/sh @dir@/explain
+
 [task:slow]
 command = /bin/sleep 600
 stop_timeout = 1s
@@ -74,10 +77,17 @@ json.dump({
 }, sys.stdout)
 """
 
+EXPLAIN = """
+systemd-notify X_TASKD_PROGRESS=42.5 'X_TASKD_RESULT={"done": 17}'
+systemd-notify --status='the disk of the customer is full'
+exit 4
+"""
+
 
 @pytest.fixture
 def taskd(tmp_path):
     (tmp_path / "show.py").write_text(SHOW)
+    (tmp_path / "explain").write_text(EXPLAIN)
     with Taskd(tmp_path, CONFIG) as taskd:
         yield taskd
 
@@ -291,3 +301,10 @@ def seconds(stamp: str) -> float:
     from datetime import datetime
 
     return datetime.fromisoformat(stamp).timestamp()
+
+
+def test_a_failed_job_is_recorded_with_its_last_word_on_itself(taskd):
+    row = taskd.until(taskd.submit("explain"), "failed")
+    assert row["reason"] == "exit 4: the disk of the customer is full"
+    assert row["status"] == "the disk of the customer is full"
+    assert (row["progress"], row["result"]) == (42.5, '{"done": 17}')

@@ -105,7 +105,9 @@ class Job:
         if exit.code == EX_TEMPFAIL:
             reason = f"exit {EX_TEMPFAIL}: try again"
             return Outcome(AttemptState.FAILED, JobState.RETRYING, reason, self._delay(jitter))
-        return self.fail(f"exit {exit.code}", jitter)
+        # Its last word on itself says more than a number does.
+        said = f": {self.status}" if self.status else ""
+        return self.fail(f"exit {exit.code}{said}", jitter)
 
     def fail(self, reason: str, jitter: float) -> Outcome:
         """A failed attempt: tried again while retries last, then failed for good."""
