@@ -104,17 +104,20 @@ def test_missing_rights_are_said_and_hold_up_only_what_needs_them(rabbit, weak):
     key = rabbit.name()
     rabbit.client.queue_declare(key, durable=True)
     ours = rabbit.queue(key, broker=broker)
-    publish(rabbit, key, 2)
-    rabbit.turn(lambda: len(ours.deliveries) == 2)
+    publish(rabbit, key, 3)
+    rabbit.turn(lambda: len(ours.deliveries) == 3)
     ours.source.retry(ours.deliveries[0], id="a", attempt=1, delay=0.1)
-    rabbit.turn(lambda: "403" in ours.reason)
-    ours.source.done(ours.deliveries[1])
+    ours.source.dead(ours.deliveries[1], id="b", attempt=1, reason="no")
+    rabbit.turn(lambda: ours.source.status()["unplaced"] == 2)
+    assert "403" in ours.reason
+    ours.source.done(ours.deliveries[2])
     assert (ours.state, ours.lost) == (LinkState.UP, [])
     # The rights are given: what was held up goes on by itself.
     rabbit.node.ctl("set_permissions", "--vhost", rabbit.vhost, weak, ".*", ".*", ".*")
-    rabbit.turn(lambda: len(ours.deliveries) == 3)
+    rabbit.turn(lambda: len(ours.deliveries) == 4)
     rabbit.turn(lambda: missing.state is LinkState.UP)
     rabbit.settle(ours)
+    assert rabbit.get(f"{key}.dead")[1] == b"1"
 
 
 def test_nobody_at_the_port_is_said(rabbit):
@@ -180,8 +183,8 @@ def test_pikas_own_log_is_shown_on_demand(rabbit, caplog):
 def test_the_connection_has_the_name_of_its_host(rabbit):
     rabbit.queue(broker=rabbit.broker())
     listing = rabbit.node.ctl("list_connections", "vhost", "client_properties", "timeout")
-    [ours] = [line for line in listing.splitlines() if "taskd@test" in line]
-    assert ours.startswith(rabbit.vhost)
+    lines = [line for line in listing.splitlines() if line.startswith(f"{rabbit.vhost}\t")]
+    [ours] = [line for line in lines if "taskd@test" in line]
     assert ours.endswith("\t30")
 
 
@@ -363,6 +366,18 @@ def test_a_close_at_any_moment_of_connecting_ends_it(rabbit, passes):
     broker.close(lambda: closed.append(1))
     rabbit.turn(lambda: closed)
     assert (broker.state, ours.state) == (LinkState.CLOSED, LinkState.CLOSED)
+
+
+def test_a_section_closed_while_its_channel_opens_leaves_none(rabbit):
+    broker = rabbit.queue().source._broker
+    ours = rabbit.queue(up=False)
+    while ours.source._channel is None:
+        rabbit.loop.run_once()
+    channel = ours.source._channel
+    ours.source.close()
+    assert not channel.is_open
+    rabbit.turn(lambda: channel.is_closed)
+    assert channel not in broker.connection._channels.values()
 
 
 def test_a_section_is_added_to_a_connection_that_is_there(rabbit):

@@ -301,8 +301,8 @@ def test_the_copy_of_a_lost_message_is_given_up(rabbit):
 # The publisher
 
 
-def publication(key, answers, **properties):
-    fields = Properties({}).copy(properties, headers={})
+def publication(key, answers, headers=None, **properties):
+    fields = Properties({}).copy(properties, headers=headers or {})
     return Publication(key, fields, b"x", True, answers.append)
 
 
@@ -325,15 +325,19 @@ def test_one_bad_message_does_not_take_the_others_with_it(rabbit):
 def test_a_return_is_held_against_the_message_that_was_returned(rabbit):
     ours = rabbit.queue()
     ours.source.consume(False)
-    publisher = ours.source._broker.publisher("")
+    # Where it goes is decided by a header, so that the routing key tells nothing.
+    exchange = rabbit.name()
+    rabbit.client.exchange_declare(exchange, "headers")
+    rabbit.client.queue_bind(ours.key, exchange, arguments={"x-match": "all", "way": "here"})
+    publisher = ours.source._broker.publisher(exchange)
     here, nowhere = [], []
-    for number in range(40):
-        key, answers = (ours.key, here) if number % 3 else ("nowhere", nowhere)
-        publisher.publish(publication(key, answers, message_id=f"m{number % 5}"))
-    rabbit.turn(lambda: len(here) + len(nowhere) == 40)
+    for number in range(60):
+        way, answers = ("here", here) if number % 3 else ("nowhere", nowhere)
+        publisher.publish(publication("k", answers, {"way": way}, message_id=f"m{number}"))
+    rabbit.turn(lambda: len(here) + len(nowhere) == 60)
     assert set(here) == {None}
     assert {refusal.code for refusal in nowhere} == {312}
-    rabbit.until_depth(ours.key, len(here))
+    rabbit.until_depth(ours.key, 40)
 
 
 def test_a_message_that_a_full_queue_refuses_is_not_taken_for_safe(rabbit):

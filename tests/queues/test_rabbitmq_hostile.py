@@ -37,7 +37,7 @@ def short(**fields):
 
 HOSTILE = {
     "tables a thousand deep": nested(b"F", 1000),
-    "arrays as deep as a frame allows": nested(b"A", 25_000),
+    "arrays five thousand deep": nested(b"A", 5000),
     "a date in the far future": table((b"date", b"T" + struct.pack(">Q", 2**64 - 1))),
     "a timestamp without a date": Properties({"timestamp": b"\xff" * 8}),
     "ids that are no text": short(

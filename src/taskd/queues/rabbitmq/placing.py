@@ -30,6 +30,7 @@ class Copy:
     properties: Properties
     arguments: Mapping[str, Any] | None = None  # the queue is declared with them each time
     if_missing: Mapping[str, Any] | None = None  # or only if the message finds none
+    declared: bool = False  # in this try
     backoff: Backoff | None = None
 
     @property
@@ -59,6 +60,7 @@ class Placer:
     def place(self, copy: Copy) -> None:
         if copy.original.lost:
             return
+        copy.declared = False
         copy.properties = outgoing.fitting(copy.properties, self._broker.frame_max)
         if copy.arguments is None:
             self._publish(copy, None)
@@ -96,9 +98,9 @@ class Placer:
                 log.info("queue %s: a message was put on %s at last", self._name, copy.target)
             self._on_placed(copy.original)
             self._on_change()
-        elif refusal.code == NO_ROUTE and copy.if_missing is not None:
-            arguments, copy.if_missing = copy.if_missing, None
-            self._declare(copy, arguments)
+        elif refusal.code == NO_ROUTE and copy.if_missing is not None and not copy.declared:
+            copy.declared = True
+            self._declare(copy, copy.if_missing)
         else:
             self._keep(copy, refusal)
 

@@ -101,7 +101,8 @@ class RabbitQueue:
         self._stop_timer()
         self._broker.detach(self)
         channel, self._channel = self._channel, None
-        if channel is not None and channel.is_open:
+        # One that is being opened may be closed too.
+        if channel is not None and not (channel.is_closing or channel.is_closed):
             channel.close()
         self._lose()
         self._tell()
@@ -127,6 +128,7 @@ class RabbitQueue:
             "reason": reason,
             "broker_name": self._key,
             "unacked": len(self._open),
+            "settling": self._settling,
             "unplaced": len(self._placer.stuck),
         }
 
