@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import socket
-import sqlite3
 from pathlib import Path
 
 import pytest
@@ -61,13 +60,6 @@ def taskd(tmp_path):
         yield taskd
 
 
-def insert(taskd, id, task, payload=None):
-    with sqlite3.connect(taskd.database) as database:
-        database.execute(
-            "INSERT INTO jobs (id, task, payload) VALUES (?, ?, ?)", (id, task, payload)
-        )
-
-
 @pytest.mark.parametrize(
     ("task", "payload", "part"),
     [
@@ -83,7 +75,7 @@ def insert(taskd, id, task, payload=None):
     ],
 )
 def test_a_message_that_cannot_be_a_job_is_rejected_with_the_reason(taskd, task, payload, part):
-    insert(taskd, "odd", task, payload)
+    taskd.insert(id="odd", task=task, payload=payload)
     row = taskd.until("odd", "rejected")
     assert part in row["reason"]
     assert (row["dead"], row["attempt"], bytes(row["payload"] or b"")) == (1, 0, payload or b"")

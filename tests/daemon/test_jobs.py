@@ -4,7 +4,7 @@ import itertools
 import json
 import os
 import signal
-import sqlite3
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -177,8 +177,7 @@ def test_a_job_that_ignores_term_is_killed(taskd):
 
 
 def test_a_front_end_inserts_a_row_and_it_runs_within_a_second(taskd):
-    with sqlite3.connect(taskd.database) as database:
-        database.execute("INSERT INTO jobs (id, task) VALUES ('from-outside', 'ok')")
+    taskd.insert(id="from-outside", task="ok")
     row = taskd.until("from-outside", "succeeded")
     assert row["queue"] == "work"
     # One second is promised; a busy machine gets some more.
@@ -186,19 +185,15 @@ def test_a_front_end_inserts_a_row_and_it_runs_within_a_second(taskd):
 
 
 def test_a_row_for_an_unknown_task_is_rejected_with_the_reason(taskd):
-    with sqlite3.connect(taskd.database) as database:
-        database.execute("INSERT INTO jobs (id, task) VALUES ('odd', 'nothing')")
+    taskd.insert(id="odd", task="nothing")
     row = taskd.until("odd", "rejected")
     assert row["reason"] == "unknown task 'nothing'"
 
 
 def test_higher_priority_goes_first(taskd):
     taskd.ask("PAUSE", "work")
-    with sqlite3.connect(taskd.database) as database:
-        database.executemany(
-            "INSERT INTO jobs (id, task, priority) VALUES (?, 'one', ?)",
-            [("low", 1), ("high", 9), ("middle", 5)],
-        )
+    for id, priority in (("low", 1), ("high", 9), ("middle", 5)):
+        taskd.insert(id=id, task="one", priority=priority)
     taskd.ask("RESUME", "work")
     for id in ("low", "high", "middle"):
         taskd.until(id, "succeeded")
@@ -206,11 +201,8 @@ def test_higher_priority_goes_first(taskd):
 
 
 def test_a_job_may_wait_for_its_time(taskd):
-    with sqlite3.connect(taskd.database) as database:
-        database.execute(
-            "INSERT INTO jobs (id, task, run_after) "
-            "VALUES ('later', 'ok', strftime('%Y-%m-%d %H:%M:%f', 'now', '+1 second'))"
-        )
+    due = datetime.now(UTC) + timedelta(seconds=1)
+    taskd.insert(id="later", task="ok", run_after=due.isoformat())
     row = taskd.until("later", "succeeded")
     assert seconds(row["started_at"]) - seconds(row["submitted_at"]) >= 0.99
 
@@ -262,17 +254,9 @@ def test_history_older_than_keep_jobs_is_deleted(tmp_path):
         young = taskd.submit("ok")
         taskd.until(young, "succeeded")
         taskd.stop()
-        with sqlite3.connect(taskd.database) as database:
-            database.execute(
-                "INSERT INTO jobs (id, task, state, finished_at) "
-                "VALUES ('old', 'ok', 'succeeded', '2001-01-01 00:00:00')"
-            )
-            database.execute(
-                "INSERT INTO attempts (job_id, attempt, state) VALUES ('old', 1, 'succeeded')"
-            )
+        taskd.insert(id="old", task="ok", state="succeeded", finished_at="2001-01-01 00:00:00")
         taskd.start()
         wait_until(lambda: taskd.job("old") is None)
-        assert taskd.attempts("old") == []
         assert taskd.job(young)["state"] == "succeeded"
 
 
@@ -298,8 +282,6 @@ def test_the_store_is_open_to_the_group_and_to_nobody_else(tmp_path):
 
 
 def seconds(stamp: str) -> float:
-    from datetime import datetime
-
     return datetime.fromisoformat(stamp).timestamp()
 
 

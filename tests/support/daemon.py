@@ -1,5 +1,6 @@
 """The whole daemon as a process of a test's own, with a notify socket as systemd gives one."""
 
+import contextlib
 import json
 import os
 import signal
@@ -166,9 +167,16 @@ class Taskd:
     # What it recorded
 
     def rows(self, query: str = "SELECT * FROM jobs ORDER BY submitted_at", *values: Any) -> Any:
-        with sqlite3.connect(f"file:{self.database}?mode=ro", uri=True) as database:
+        uri = f"file:{self.database}?mode=ro"
+        with contextlib.closing(sqlite3.connect(uri, uri=True)) as database:
             database.row_factory = sqlite3.Row
             return [dict(row) for row in database.execute(query, values)]
+
+    def insert(self, **columns: Any) -> None:
+        """What a front end does: a row of `jobs`, of these columns alone."""
+        names, marks = ", ".join(columns), ", ".join("?" * len(columns))
+        with contextlib.closing(sqlite3.connect(self.database)) as database, database:
+            database.execute(f"INSERT INTO jobs ({names}) VALUES ({marks})", [*columns.values()])
 
     def job(self, id: str) -> dict[str, Any] | None:
         rows = self.rows("SELECT * FROM jobs WHERE id = ?", id)
