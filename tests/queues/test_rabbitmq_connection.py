@@ -263,6 +263,18 @@ def test_a_broker_gone_silent_is_found_out_by_its_heartbeat(rabbit, proxy):
     rabbit.close_brokers()
 
 
+def test_an_idle_connection_is_kept_by_its_heartbeats(rabbit):
+    # A broker drops a client that it has not heard of for two heartbeats.
+    broker = rabbit.broker(f"{rabbit.url}?heartbeat=1")
+    ours = rabbit.queue(broker=broker)
+    connection = broker.connection
+    before = connection.frames_sent
+    rabbit.turn(lambda: connection.frames_sent >= before + 6 or not connection.is_open)
+    assert (ours.state, ours.lost) == (LinkState.UP, [])
+    assert [state for state, _ in ours.states][-1] is LinkState.UP
+    assert LinkState.DOWN not in [state for state, _ in ours.states]
+
+
 @pytest.mark.parametrize("door", ["done", "mixed"])
 def test_nothing_is_lost_when_the_connection_is_cut_over_and_over(rabbit, proxy, door):
     count = 60
@@ -388,6 +400,22 @@ def test_a_section_is_added_to_a_connection_that_is_there(rabbit):
     one.source.close()
     rabbit.publish(two.key, b"x")
     rabbit.turn(lambda: two.deliveries)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3])
+def test_a_broker_that_allows_few_channels_is_said(rabbit, channels):
+    broker = rabbit.broker(f"{rabbit.url}?channel_max={channels}")
+    one = rabbit.queue(broker=broker, up=channels > 1)
+    two = rabbit.queue(broker=broker, up=channels > 2)
+    if channels > 1:
+        rabbit.publish(one.key)
+        rabbit.turn(lambda: one.deliveries)
+        one.source.dead(one.deliveries[0], id="a", attempt=1, reason="no")
+    rabbit.turn(lambda: "no more channels" in (one.reason if channels != 2 else two.reason))
+    if channels == 3:
+        two.source.close()
+        rabbit.settle(one)  # there is one for publishing now
+        assert one.reason == ""
 
 
 def test_a_url_that_cannot_be_read_is_said_without_its_password(rabbit):

@@ -25,7 +25,7 @@ from taskd.config.values import format_span, redacted
 from taskd.journal import MessageId
 from taskd.kernel.loop import Loop, Timer
 from taskd.queues.rabbitmq.properties import Properties
-from taskd.queues.rabbitmq.publisher import Declarer, Publisher, Refusal
+from taskd.queues.rabbitmq.publisher import ChannelClosed, Declarer, Publisher, Refusal
 from taskd.states import LinkState
 
 log = logging.getLogger(__name__)
@@ -90,15 +90,23 @@ class Tenant(Protocol):
 class Broker:
     """One connection. Made with the first section that names its URL, for the TLS files too."""
 
-    def __init__(self, queue: Queue, loop: Loop, *, name: str, patience: float = PATIENCE) -> None:
+    def __init__(
+        self,
+        queue: Queue,
+        loop: Loop,
+        *,
+        name: str,
+        patience: float = PATIENCE,
+        purpose: str = "",
+    ) -> None:
         self.state = LinkState.DOWN
         self.reason = "not started"
         self.blocked = ""  # why the broker takes no messages for now, if it does not
-        self.name = name
+        self.name = f"{name}{purpose}"
         self.declarer = Declarer(self)
         self.connection: Any = None
         self._queue = queue
-        self._shown = redacted(queue.url)
+        self._shown = f"{redacted(queue.url)}{purpose}"
         self._loop = loop
         self._patience = patience
         self._tenants: list[Tenant] = []
@@ -120,6 +128,15 @@ class Broker:
     @property
     def frame_max(self) -> int:
         return int(self.connection.params.frame_max)
+
+    def channel(self, on_open: Callable[[Any], None], on_close: ChannelClosed) -> Any:
+        """A channel that is being opened; None if the broker allows no more of them."""
+        try:
+            channel = self.connection.channel(on_open_callback=on_open)
+        except exceptions.NoFreeChannels:
+            return None
+        channel.add_on_close_callback(on_close)
+        return channel
 
     def attach(self, tenant: Tenant) -> None:
         """The first one starts the connection."""
@@ -145,7 +162,13 @@ class Broker:
         made on a node that is gone; and a message can ask for such a reply.
         """
         if self._aside is None:
-            self._aside = Broker(self._queue, self._loop, name=f"{self.name} (replies)")
+            self._aside = Broker(
+                self._queue,
+                self._loop,
+                name=self.name,
+                patience=self._patience,
+                purpose=" (replies)",
+            )
             self._aside._start()
         return self._aside
 

@@ -33,6 +33,8 @@ class Refusal:
 
 
 Then = Callable[[Refusal | None], None]
+ChannelClosed = Callable[[Any, Any], None]
+NO_CHANNEL = Refusal(0, "the broker allows no more channels on one connection")
 
 
 class Link(Protocol):
@@ -42,6 +44,8 @@ class Link(Protocol):
 
     @property
     def up(self) -> bool: ...
+
+    def channel(self, on_open: Callable[[Any], None], on_close: ChannelClosed) -> Any: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -102,8 +106,9 @@ class Publisher:
 
     def _open(self) -> None:
         self._last = 0
-        self._channel = self._link.connection.channel(on_open_callback=self._on_open)
-        self._channel.add_on_close_callback(self._on_close)
+        self._channel = self._link.channel(self._on_open, self._on_close)
+        if self._channel is None:
+            self._fail_all(NO_CHANNEL)
 
     def _on_open(self, channel: Any) -> None:
         if channel is self._channel:
@@ -200,8 +205,10 @@ class Declarer:
         if self._current is not None or not self._waiting or not self._link.up:
             return
         if self._channel is None:
-            self._channel = self._link.connection.channel(on_open_callback=self._on_open)
-            self._channel.add_on_close_callback(self._on_close)
+            self._channel = self._link.channel(self._on_open, self._on_close)
+            if self._channel is None:
+                self._waiting.popleft().then(NO_CHANNEL)
+                self._next()
         elif self._channel.is_open:
             self._current = self._waiting.popleft()
             self._channel.queue_declare(

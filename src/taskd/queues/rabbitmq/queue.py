@@ -22,7 +22,14 @@ from taskd.queues.rabbitmq import outgoing
 from taskd.queues.rabbitmq.connection import Backoff, Broker
 from taskd.queues.rabbitmq.placing import Copy, Placer
 from taskd.queues.rabbitmq.properties import Properties
-from taskd.queues.rabbitmq.publisher import NO_ROUTE, NOT_FOUND, Publication, Refusal, refusal_of
+from taskd.queues.rabbitmq.publisher import (
+    NO_CHANNEL,
+    NO_ROUTE,
+    NOT_FOUND,
+    Publication,
+    Refusal,
+    refusal_of,
+)
 from taskd.states import LinkState
 
 log = logging.getLogger(__name__)
@@ -164,8 +171,9 @@ class RabbitQueue:
             self._fail(str(refusal))
 
     def _open_channel(self) -> None:
-        self._channel = self._broker.connection.channel(on_open_callback=self._on_channel_open)
-        self._channel.add_on_close_callback(self._on_channel_close)
+        self._channel = self._broker.channel(self._on_channel_open, self._on_channel_close)
+        if self._channel is None:
+            self._fail(str(NO_CHANNEL))
 
     def _on_channel_open(self, channel: Any) -> None:
         if channel is not self._channel:
