@@ -259,17 +259,19 @@ class Daemon:
 
         Raises ConfigError, with every problem, and then nothing has changed.
         """
-        if not dry:
-            self._service.reloading()
+        if dry:
+            return diff(self.config, reader.read(self.path)).lines()
+        self._service.reloading()
         try:
             config = reader.read(self.path)
-        except ConfigError as error:
-            if not dry:
-                self._refuse(error)
-            raise
-        change = diff(self.config, config)
-        if not dry:
+            change = diff(self.config, config)
             self._apply(config, change)
+        except ConfigError as error:
+            self._refuse(error)
+            raise
+        finally:
+            self._service.ready()  # whatever came of it: systemd waits for that
+            self._tell()
         return change.lines()
 
     def _refuse(self, error: ConfigError) -> None:
@@ -284,14 +286,13 @@ class Daemon:
             len(error.problems),
         )
         self.trouble = str(error.problems[0])
-        self._service.ready()
-        self._tell()
 
     def _apply(self, config: Config, change: Diff) -> None:
         self.config = config
         self.trouble = ""
         self._set_level()
         self.retention.keep(config.settings.keep_jobs)
+        self._server.password = config.settings.control_password
         self.pool.configure(config)
         self.intake.configure(config)
         lines = change.lines()
@@ -303,8 +304,6 @@ class Daemon:
             "reload: %s",
             "; ".join(lines) if lines else "nothing changed",
         )
-        self._service.ready()
-        self._tell()
 
     def _set_level(self) -> None:
         level = "debug" if self._service.debug_invocation else self.config.settings.log_level
@@ -329,6 +328,8 @@ class Daemon:
 
     def shutdown(self) -> None:
         """Drain, then end: running jobs may finish for as long as `drain_timeout` says."""
+        if self.state is DaemonState.STARTING:
+            self.loop.stop()
         if self.state is not DaemonState.RUNNING:
             return
         self._move(DaemonState.DRAINING)
@@ -339,7 +340,7 @@ class Daemon:
             MessageId.DRAINING,
             b"",
             "drain: %d running jobs may finish within %s",
-            self.pool.running(),
+            self.pool.slots.taken,
             format_span(patience),
         )
         self._service.stopping()
@@ -356,7 +357,7 @@ class Daemon:
             if self._quitting is not None:
                 self._quitting.cancel()
             self._quitting = self.loop.call_later(longest + LAST_PATIENCE, self._give_up)
-            log.info("stop: %d running jobs are stopped and handed back", self.pool.running())
+            log.info("stop: %d running jobs are stopped and handed back", self.pool.slots.taken)
         self.pool.interrupt(kill=kill)
         self._finish()
 

@@ -37,7 +37,14 @@ def main(argv: list[str] | None = None) -> int:
     # Late, so that --check and a broken configuration answer at once.
     from taskd.daemon import Daemon
 
-    daemon = Daemon(path, config, service=service, sink=sink, handler=handler)
+    try:
+        daemon = Daemon(path, config, service=service, sink=sink, handler=handler)
+    except (OSError, ValueError, ImportError) as error:
+        # A socket that is taken, a driver that is missing: the operator's to mend.
+        logging.getLogger("taskd").error("cannot start: %s", error)
+        service.status(f"cannot start: {error}")
+        handler.close()
+        return EX_CONFIG
     # What is alive now stays alive: collections look at what jobs leave behind only.
     gc.collect()
     gc.freeze()

@@ -33,7 +33,7 @@ directory = @dir@/nowhere
 command = /usr/bin/head -c 1000000000 /dev/zero
 
 [task:lines]
-command = /bin/sh -c 'yes a line of text that is neither short nor long | head -c 200000000'
+command = /bin/sh -c 'yes a line of text that is neither short nor long | head -c 30000000'
 
 [task:mute]
 command = /bin/sh -c 'exec >&- 2>&-; sleep 0.3; exit 7'

@@ -82,6 +82,7 @@ def test_a_reload_keeps_running_jobs_on_the_task_they_were_born_with(taskd):
 def test_a_reload_with_one_bad_section_changes_nothing_and_says_all(taskd):
     id = taskd.submit("hold")
     taskd.until(id, "running")
+    taskd.told.clear()
     bad = CONFIG.replace("command = /bin/true", "comand = /bin/true\ntimeout = soon")
     taskd.write(bad + "\n[tsak:x]\ncommand = /bin/true\n")
     ran = taskd.ctl("reload")

@@ -357,7 +357,7 @@ def test_what_is_sent_back_is_delivered_again(store: Store, no_look: None) -> No
     store.write(queued("1"), ended("1", state=JobState.FAILED, dead=True))
     taken = Taken(store)
     taken.queue.consume(True)
-    store.ask(partial(statements.send_back, id="1", queues=["q"]))
+    store.ask(partial(statements.send_back, id="1", queues={"q": True}))
     said: list[str | None] = []
     taken.queue.resubmit(Message(id="1", task="build", body=b""), said.append)
     taken.wait_for("1")

@@ -195,7 +195,7 @@ class Taskd:
         try:
             return wait_until(there, limit)
         except AssertionError as error:
-            raise AssertionError(f"{error}: {self.job(id)}\n{self.log}") from None
+            raise AssertionError(f"{error}: {self.job(id)}\n{self.log[-4000:]}") from None
 
 
 class Ran:

@@ -1,7 +1,7 @@
 """Messages without an id are told apart by all that stays the same, and counted."""
 
 from taskd.states import JobPhase
-from taskd.work.adoption import Lost
+from taskd.work.adoption import PATIENCE, Lost
 from taskd.work.job import Job
 from taskd.work.message import Order
 from tests.support.messages import delivery, task
@@ -14,7 +14,7 @@ def job(id, phase=JobPhase.RUNNING, **properties):
 
 
 def test_each_of_several_equal_redeliveries_finds_a_job_of_its_own():
-    lost = Lost()
+    lost = Lost(lambda: 0.0)
     jobs = [job(str(number), body=b"same", headers={"a": 1}) for number in range(10)]
     for each in jobs:
         lost.add(each)
@@ -24,7 +24,7 @@ def test_each_of_several_equal_redeliveries_finds_a_job_of_its_own():
 
 
 def test_what_differs_in_body_header_or_route_is_another_message():
-    lost = Lost()
+    lost = Lost(lambda: 0.0)
     lost.add(job("1", body=b"same", headers={"a": 1}, routing_key="k"))
     assert lost.claim(delivery(b"other", headers={"a": 1}, routing_key="k")) is None
     assert lost.claim(delivery(b"same", headers={"a": 2}, routing_key="k")) is None
@@ -33,14 +33,14 @@ def test_what_differs_in_body_header_or_route_is_another_message():
 
 
 def test_a_correlation_id_tells_equal_bodies_apart():
-    lost = Lost()
+    lost = Lost(lambda: 0.0)
     lost.add(job("1", body=b"same", correlation_id="c1"))
     assert lost.claim(delivery(b"same", correlation_id="c2")) is None
     assert lost.claim(delivery(b"same", correlation_id="c1")) is not None
 
 
 def test_a_job_that_still_runs_is_matched_before_one_that_has_ended():
-    lost = Lost()
+    lost = Lost(lambda: 0.0)
     ended, running = job("1", JobPhase.SETTLED, body=b"b"), job("2", body=b"b")
     lost.add(ended)
     lost.add(running)
@@ -50,8 +50,20 @@ def test_a_job_that_still_runs_is_matched_before_one_that_has_ended():
 
 def test_what_never_comes_again_is_forgotten_oldest_first(monkeypatch):
     monkeypatch.setattr("taskd.work.adoption.KEPT", 2)
-    lost = Lost()
+    lost = Lost(lambda: 0.0)
     for number in range(3):
         lost.add(job(str(number), body=b"%d" % number))
     assert lost.claim(delivery(b"0")) is None
     assert lost.claim(delivery(b"2")) is not None
+
+
+def test_a_job_that_has_ended_does_not_wait_for_its_message_for_ever():
+    now = 0.0
+    lost = Lost(lambda: now)
+    lost.add(job("1", JobPhase.SETTLED, body=b"b"))
+    lost.add(job("2", body=b"c"))
+    now = 1000.0  # the queue is away all the while
+    lost.on_delivery("q")
+    now += PATIENCE + 1
+    assert lost.claim(delivery(b"b")) is None
+    assert lost.claim(delivery(b"c")) is not None

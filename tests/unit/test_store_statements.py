@@ -259,8 +259,10 @@ def test_a_finished_job_is_sent_back_with_all_its_retries(table: Table) -> None:
         started("1", attempt=4),
         ended("1", attempt=4, state=JobState.FAILED, reason="exit 1", retries=3, dead=True),
     )
-    row = statements.send_back(table.connection, id="1", queues=["q"])
-    assert isinstance(row, dict)
+    change = statements.send_back(table.connection, id="1", queues={"q": True})
+    assert isinstance(change, tuple)
+    old, row = change
+    assert (old["state"], old["reason"], old["dead"]) == ("failed", "exit 1", True)
     assert (row["payload"], row["attempt"], row["queue"]) == (b"{}", 4, "q")
     after = table.one("1")
     assert (after["state"], after["retries"], after["dead"]) == ("queued", 0, False)
@@ -268,14 +270,20 @@ def test_a_finished_job_is_sent_back_with_all_its_retries(table: Table) -> None:
     assert table.claim() == ["1"]
 
 
+def test_a_job_whose_message_a_broker_has_to_bring_may_be_sent_once_more(table: Table) -> None:
+    table.write(queued("waits"))
+    change = statements.send_back(table.connection, id="waits", queues={"q": False})
+    assert isinstance(change, tuple)
+
+
 def test_what_cannot_be_sent_back_is_left_and_told_why(table: Table) -> None:
     table.write(queued("waits"), queued("gone", queue="old"), ended("gone"))
     send_back = statements.send_back
-    said = send_back(table.connection, id="waits", queues=["q"])
-    assert said == "job waits is queued, it has not ended"
-    said = send_back(table.connection, id="gone", queues=["q"])
-    assert said == "job gone came from queue old, which is not configured any more"
-    assert send_back(table.connection, id="nobody", queues=["q"]) is None
+    said = send_back(table.connection, id="waits", queues={"q": True})
+    assert said == "job waits has not ended: it is queued"
+    said = send_back(table.connection, id="gone", queues={"q": True})
+    assert said == "job gone came by queue 'old', which is not configured"
+    assert send_back(table.connection, id="nobody", queues={"q": True}) is None
     assert table.one("gone")["state"] == "succeeded"
 
 

@@ -4,10 +4,10 @@ It knows where an answer lies (the pool, the intake, the store) and nothing of s
 has to be asked of the store is answered later, through `then`, on the loop's thread.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from taskd.config.schema import Config, Queue, Task
 from taskd.control import report
@@ -16,11 +16,13 @@ from taskd.errors import Rejected, RequestError, StoreAway
 from taskd.queues.delivery import Delivery, Message
 from taskd.states import FINAL, JobState
 from taskd.store import statements
+from taskd.store.recorder import Write
 from taskd.work import message
 from taskd.work.events import Events
 from taskd.work.intake import PAUSED
 
 Row = dict[str, Any]
+T = TypeVar("T")
 
 
 class Daemon(Reported, Protocol):
@@ -77,25 +79,25 @@ class Desk:
     ) -> None:
         """The youngest jobs, without payload and output."""
         question = partial(statements.jobs, state=state, task=task, limit=limit)
-        self._recorder.ask(question, _answer(then))
+        self._ask(question, then, then)
 
     def dead(self, limit: int, then: Callable[[list[Row] | Exception], None]) -> None:
         """The youngest jobs that lie in the dead letters."""
-        self._recorder.ask(partial(statements.dead, limit=limit), _answer(then))
+        self._ask(partial(statements.dead, limit=limit), then, then)
 
     def job(self, id: str, then: Callable[[Row | Exception | None], None]) -> None:
         """One job with its attempts; what is alive of it is as of now."""
 
-        def on_row(row: Row | StoreAway | None) -> None:
+        def on_row(row: Row | None) -> None:
             job = self._pool.jobs.get(id)
-            if isinstance(row, dict) and job is not None:
+            if row is not None and job is not None:
                 row["phase"] = str(job.phase)
                 if job.child is not None:
                     row.update(pid=job.child.pid, progress=job.progress, status=job.status)
                     row["output_tail"] = job.child.output.tail()
-            _answer(then)(row)
+            then(row)
 
-        self._recorder.ask(partial(statements.job, id=id), on_row)
+        self._ask(partial(statements.job, id=id), on_row, then)
 
     def output(
         self, id: str, offset: int, follow: bool, then: Callable[[Chunk | Exception], None]
@@ -104,9 +106,8 @@ class Desk:
         come any more."""
         output = self._pool.output(id)
         if output is None:
-            self._recorder.ask(
-                partial(statements.job, id=id), partial(self._on_output_row, id, offset, then)
-            )
+            on_row = partial(self._on_output_row, id, offset, then)
+            self._ask(partial(statements.job, id=id), on_row, then)
         elif follow and offset >= output.total and not output.ended:
             output.wait(lambda: self.output(id, offset, follow, then))
         else:
@@ -118,16 +119,14 @@ class Desk:
         id: str,
         offset: int,
         then: Callable[[Chunk | Exception], None],
-        row: Row | StoreAway | None,
+        row: Row | None,
     ) -> None:
-        if isinstance(row, StoreAway):
-            then(RequestError(f"the store is away: {row}"))
-        elif row is None:
-            then(RequestError(f"there is no job {id!r}"))
-        else:
-            # Only the tail is stored, and its place in the whole is not: offsets count from it.
-            data = (row["output_tail"] or b"")[offset:]
-            then(Chunk(id, offset, data, JobState(row["state"]) in FINAL))
+        if row is None:
+            raise RequestError(f"there is no job {id!r}")
+        # Only the tail is stored, and its place in the whole is not: offsets count from it.
+        tail = row["output_tail"]
+        data = tail[offset:] if isinstance(tail, bytes) else b""
+        then(Chunk(id, offset, data, row["state"] in FINAL))
 
     def submit(
         self,
@@ -162,48 +161,78 @@ class Desk:
             then(self._pool.cancel(job))
             return
 
-        def on_cancelled(row: Mapping[str, Any] | StoreAway | None) -> None:
-            if isinstance(row, StoreAway):
-                then(RequestError(f"the store is away: {row}"))
-            elif row is None:
-                then(RequestError(f"there is no job {id!r}"))
-            elif row["state"] != JobState.CANCELLED:
-                then(RequestError(f"job {id} is {row['state']} already"))
-            else:
-                then("cancelled")
+        def on_cancelled(row: Row | None) -> None:
+            if row is None:
+                raise RequestError(f"there is no job {id!r}")
+            if row["state"] != JobState.CANCELLED:
+                raise RequestError(f"job {id} is {row['state']} already")
+            then("cancelled")
 
-        self._recorder.ask(partial(statements.cancel, id=id), on_cancelled)
+        self._ask(partial(statements.cancel, id=id), on_cancelled, then)
 
     def retry(self, id: str, then: Callable[[str | Exception], None]) -> None:
-        """Send a finished job back to its queue; `then` gets its id."""
-
-        def on_row(row: Mapping[str, Any] | str | StoreAway | None) -> None:
-            if isinstance(row, StoreAway):
-                then(RequestError(f"the store is away: {row}"))
-            elif row is None:
-                then(RequestError(f"there is no job {id!r}"))
-            elif isinstance(row, str):
-                then(RequestError(row))
-            else:
-                self._send_back(row, then)
-
+        """Send a job that has ended back to its queue; `then` gets its id."""
         if id in self._pool.jobs:
             raise RequestError(f"job {id} has not ended")
-        names = tuple(self._daemon.config.queues)
-        self._recorder.ask(partial(statements.send_back, id=id, queues=names), on_row)
+        configured = self._daemon.config.queues.items()
+        queues = {name: queue.kind == "embedded" for name, queue in configured}
+        question = partial(statements.send_back, id=id, queues=queues)
+        self._ask(question, partial(self._send_back, id, then), then)
 
-    def _send_back(self, row: Mapping[str, Any], then: Callable[[str | Exception], None]) -> None:
+    def _send_back(
+        self,
+        id: str,
+        then: Callable[[str | Exception], None],
+        change: tuple[Row, Row] | str | None,
+    ) -> None:
         """The row says queued again; a broker needs the message too."""
-        id = row["id"]
-        source = self._intake.source(row["queue"])
+        if change is None:
+            raise RequestError(f"there is no job {id!r}")
+        if isinstance(change, str):
+            raise RequestError(change)
+        old, row = change
+        priority = row["priority"]
         sent = Message(
             id=id,
             task=row["task"],
             body=row["payload"] or b"",
             attempt=row["attempt"],
-            priority=row["priority"],
+            priority=priority if isinstance(priority, int) else None,
         )
-        source.resubmit(sent, lambda reason: then(id if reason is None else RequestError(reason)))
+
+        def on_sent(reason: str | None) -> None:
+            if reason is None:
+                then(id)
+                return
+            # Nobody will run it, so it is again what it was.
+            kept = ("id", "state", "reason", "finished_at", "run_after", "retries", "dead")
+            self._recorder.write(Write({name: old[name] for name in kept}))
+            then(RequestError(reason))
+
+        self._intake.source(row["queue"]).resubmit(sent, on_sent)
+
+    def _ask(
+        self,
+        question: Callable[..., T],
+        step: Callable[[T], None],
+        then: Callable[[Any], None],
+    ) -> None:
+        """Go on with `step` when the store has answered; what it raises is the answer.
+
+        This is a part of one control request, and so of one of the two places that may catch
+        everything: `then` reports what is no RequestError as the bug it is.
+        """
+
+        def on_answer(answer: T | StoreAway) -> None:
+            if isinstance(answer, StoreAway):
+                then(RequestError(f"the store is away: {answer}"))
+                return
+            try:
+                step(answer)
+            except Exception as error:
+                then(error)
+
+        self._recorder.ask(question, on_answer)
 
     # Queues and tasks
 
@@ -216,7 +245,7 @@ class Desk:
             {
                 "name": task.name,
                 "command": task.command.text,
-                "running": self._pool.running(task.name),
+                "running": self._pool.slots.running(task.name),
                 "max_running": task.max_running,
                 "timeout": task.timeout,
                 "retries": task.retries,
@@ -258,15 +287,3 @@ def _queue_for(config: Config, task: Task, name: str | None) -> Queue:
         if queue.task == task.name:
             return queue
     return next(queue for queue in config.queues.values() if task.name in queue.tasks)
-
-
-def _answer(then: Callable[[Any], None]) -> Callable[[Any], None]:
-    """`then`, told in a sentence when the store was away."""
-
-    def on_answer(answer: Any) -> None:
-        if isinstance(answer, StoreAway):
-            then(RequestError(f"the store is away: {answer}"))
-        else:
-            then(answer)
-
-    return on_answer

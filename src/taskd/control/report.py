@@ -31,7 +31,7 @@ class Reported(Protocol):
 
 def status(daemon: Reported) -> str:
     """One line: what runs, and what is down."""
-    parts = [f"{daemon.state}: {daemon.pool.running()} running"]
+    parts = [f"{daemon.state}: {daemon.pool.slots.taken} running"]
     if daemon.recorder.state is StoreState.AWAY:
         parts.append(f"store away: {daemon.recorder.status()['reason']}")
     for queue in daemon.intake.states():
@@ -58,7 +58,7 @@ def info(daemon: Reported) -> dict[str, dict[str, Any]]:
             "status": status(daemon),
         },
         "Jobs": {
-            "running": daemon.pool.running(),
+            "running": daemon.pool.slots.taken,
             "in_hand": len(daemon.pool.jobs),
             "attempts_ended": daemon.pool.ended,
             "max_running": daemon.config.settings.max_running,

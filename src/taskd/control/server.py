@@ -48,7 +48,7 @@ class Server:
     ) -> None:
         self._loop = loop
         self._verbs = {**verbs, **session.VERBS}
-        self._password = password
+        self.password = password  # of whom is taken in from now on
         self._limits = limits or Limits()
         self._room = _room(self._limits.clients)
         self._listeners: dict[int, socket.socket] = {}
@@ -108,7 +108,7 @@ class Server:
             client.close()
 
     def _add(self, listener: socket.socket) -> None:
-        if listener.family != socket.AF_UNIX and self._password is None:
+        if listener.family != socket.AF_UNIX and self.password is None:
             raise ValueError("a control socket on TCP needs a password")
         listener.setblocking(False)
         self._listeners[listener.fileno()] = listener
@@ -156,7 +156,7 @@ class Server:
             self._verbs,
             id=self._last_id,
             peer=peer,
-            password=self._password,
+            password=self.password,
             limits=self._limits,
             on_held=self._on_held,
             on_close=self._on_close,

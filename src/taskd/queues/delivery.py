@@ -72,8 +72,8 @@ class Source(Protocol):
     def dead(self, delivery: Delivery, *, id: str, attempt: int, reason: str) -> None:
         """The message goes to the dead letters."""
 
-    def back(self, delivery: Delivery) -> None:
-        """The message goes back to its queue, for whoever comes first."""
+    def back(self, delivery: Delivery, *, id: str | None = None) -> None:
+        """The message goes back to its queue, for whoever comes first; with `id` as its own."""
 
     def reply(self, delivery: Delivery, body: bytes) -> None:
         """Tell `reply_to`, if the message has one, the outcome: `body` is JSON."""

@@ -10,7 +10,7 @@ The look into the table is periodic by nature, once a second, since no database 
 INSERT by others. It is one indexed query, made only while there is room for what it may find.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from typing import Any
 
@@ -60,14 +60,17 @@ class EmbeddedQueue:
         room: int,
         on_delivery: Callable[[Delivery], None],
         unnamed: Unnamed = ANYTHING,
+        full: Callable[[], Collection[str]] = tuple,
     ) -> None:
-        """`room`: how many deliveries may be unsettled at once."""
+        """`room`: how many deliveries may be unsettled at once; `full`: tasks whose jobs would
+        only wait, and are left to whoever has a slot for them."""
         self.name = queue.name
         self._recorder = recorder
         self._loop = loop
         self._room = room
         self._on_delivery = on_delivery
         self._unnamed = unnamed
+        self._full = full
         self._wanted = False
         self._closed = False
         self._unsettled = 0
@@ -108,7 +111,7 @@ class EmbeddedQueue:
     def dead(self, delivery: Delivery, *, id: str, attempt: int, reason: str) -> None:
         self._settle(delivery)
 
-    def back(self, delivery: Delivery) -> None:
+    def back(self, delivery: Delivery, *, id: str | None = None) -> None:
         """Release the claim, unless the pool's write that ended an attempt did it already."""
         if not delivery.settled and delivery.row is not None:
             self._release([delivery.row])
@@ -187,6 +190,7 @@ class EmbeddedQueue:
                 room=room,
                 daemon_id=self._recorder.daemon_id,
                 unnamed=self._unnamed,
+                full=sorted(self._full()),
             )
             self._recorder.ask(question, self._on_claimed)
 

@@ -54,8 +54,16 @@ class Database:
     """Used by the recorder's thread alone, but for `private`."""
 
     def __init__(self, url: str, *, clock: Callable[[], float], lock_wait: float) -> None:
-        """`lock_wait`: how long to wait while another connection holds the lock."""
-        parsed = make_url(url)
+        """`lock_wait`: how long to wait while another connection holds the lock.
+
+        Raises ValueError for a URL that SQLAlchemy does not know, ImportError for a driver that
+        is not installed.
+        """
+        try:
+            parsed = make_url(url)
+            parsed.get_dialect()
+        except exc.ArgumentError as error:
+            raise ValueError(f"store: {error}") from None
         self._clock = clock
         self._lock_wait = lock_wait
         self.private = parsed.get_backend_name() == "sqlite"

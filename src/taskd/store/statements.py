@@ -126,18 +126,23 @@ def cancel(connection: Connection, *, id: str) -> Row | None:
 
 
 @_writes
-def send_back(connection: Connection, *, id: str, queues: Collection[str]) -> Row | str | None:
-    """Queue a finished job again, with all its retries; its attempts count on.
+def send_back(
+    connection: Connection, *, id: str, queues: Mapping[str, bool]
+) -> tuple[Row, Row] | str | None:
+    """Queue a job that has ended again. Its retries begin anew, its attempts count on.
 
-    The row as it is then, with its payload; or why that can't be; or None if there is no job.
+    Its row as it was and as it is; or a sentence that says why not; or None if there is no such
+    job. `queues`: those there are, and whether each is the store itself.
     """
     row = _one(connection, sa.select(schema.jobs), id)
     if row is None:
         return None
-    if row["state"] not in FINAL:
-        return f"job {id} is {row['state']}, it has not ended"
     if row["queue"] not in queues:
-        return f"job {id} came from queue {row['queue']}, which is not configured any more"
+        return f"job {id} came by queue {row['queue']!r}, which is not configured"
+    # The message of a job that a broker has to bring may be lost: then people send it again.
+    awaited = row["state"] == JobState.QUEUED and not queues[row["queue"]]
+    if row["state"] not in FINAL and not awaited:
+        return f"job {id} has not ended: it is {row['state']}"
     again = {
         "state": JobState.QUEUED.value,
         "reason": None,
@@ -148,7 +153,7 @@ def send_back(connection: Connection, *, id: str, queues: Collection[str]) -> Ro
         "dead": False,
     }
     connection.execute(sa.update(schema.jobs).where(_job.id == row["id"]).values(again))
-    return {**row, **again}
+    return row, {**row, **again}
 
 
 # For the embedded queue
@@ -177,8 +182,11 @@ def claim(
     room: int,
     daemon_id: str,
     unnamed: Unnamed | None = None,
+    full: Collection[str] = (),
 ) -> list[Row]:
     """Take up to `room` jobs that are due, the most urgent first, and mark them as claimed.
+
+    Jobs of the tasks in `full` are passed over.
 
     Whoever ends the attempt releases the claim: its last write carries `claimed_by` None. A row
     that holds what its columns are not for (SQLite lets anyone put anything there) is rejected
@@ -192,8 +200,11 @@ def claim(
         connection.execute(_adopt("tasks" in mine, unnamed.all_but), mine)
     moment: Any = schema.stamp(now()) if dialect == "sqlite" else now()
     given = {"its_queue": queue, "moment": moment, "room": room}
+    if full:
+        given["full"] = list(full)
+    due = _due(dialect, bool(full))
     while True:
-        found = [dict(row) for row in connection.execute(_due(dialect), given).mappings()]
+        found = [dict(row) for row in connection.execute(due, given).mappings()]
         rows = [row for row in found if not _unreadable(row)]
         if len(rows) == len(found) or not _reject(connection, given, found):
             break
@@ -274,7 +285,7 @@ def _one(connection: Connection, statement: Any, id: str) -> Row | None:
 
 
 @cache
-def _due(dialect: str) -> Any:
+def _due(dialect: str, some_full: bool) -> Any:
     """The rows that may be claimed now, in their order."""
     after: Any = _job.run_after
     kind: Any = None
@@ -285,9 +296,11 @@ def _due(dialect: str) -> Any:
         after = sa.func.coalesce(sa.func.strftime("%Y-%m-%d %H:%M:%f", after), "")
         kind = sa.String()
         order = sa.literal_column("rowid")
+    rows = sa.select(*[_job[name] for name in CLAIMED])
+    if some_full:
+        rows = rows.where(_job.task.not_in(sa.bindparam("full", expanding=True)))
     return (
-        sa.select(*[_job[name] for name in CLAIMED])
-        .where(_job.queue == sa.bindparam("its_queue"), schema.waiting)
+        rows.where(_job.queue == sa.bindparam("its_queue"), schema.waiting)
         .where(sa.or_(_job.run_after.is_(None), after <= sa.bindparam("moment", type_=kind)))
         .order_by(_job.priority.desc(), schema.due_since, order)
         .limit(sa.bindparam("room", type_=sa.Integer()))
@@ -330,7 +343,7 @@ def _reject(connection: Connection, given: Mapping[str, Any], rows: Collection[R
     columns = sorted({name for row in rows for name in _unreadable(row)})
     # By what they are not: an id that could not be read cannot be looked for either.
     readable = [row["id"] for row in rows if not _unreadable(row)]
-    same = _due(connection.dialect.name).with_only_columns(_job.id).subquery()
+    same = _due(connection.dialect.name, "full" in given).with_only_columns(_job.id).subquery()
     values = {
         "state": JobState.REJECTED.value,
         "reason": f"unreadable: {', '.join(columns)}",

@@ -7,32 +7,39 @@ matched by count.
 
 import hashlib
 from collections import OrderedDict, deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from taskd.queues.delivery import Delivery
 from taskd.states import JobPhase
 from taskd.work.job import Job
 
-# A message that goes to another consumer never comes back here; the oldest are forgotten.
 KEPT = 10_000
+# RabbitMQ gives back what a lost connection held as soon as it has room for it. A job that has
+# ended waits for its message this long after its queue delivers again; then the message has
+# gone elsewhere, and an equal one that comes later is another job.
+PATIENCE = 60.0
 
 
 class Lost:
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
         self._jobs: OrderedDict[bytes, deque[Job]] = OrderedDict()
         self._count = 0
+        self._again: dict[str, float] = {}  # since when each queue delivers again
 
     def add(self, job: Job) -> None:
         """Remember a job that runs, or is being recorded, without a delivery."""
+        self._again.pop(job.queue, None)
         self._jobs.setdefault(_identity(job.delivery), deque()).append(job)
         self._count += 1
         while self._count > KEPT:
-            jobs = next(iter(self._jobs.values()))
-            jobs.popleft()
-            self._count -= 1
-            if not jobs:
-                self._jobs.popitem(last=False)
+            self._forget(*next(iter(self._jobs.items())))
+
+    def on_delivery(self, queue: str) -> None:
+        """A queue delivers."""
+        if self._jobs and queue not in self._again:
+            self._again[queue] = self._clock()
 
     def claim(self, delivery: Delivery) -> Job | None:
         """The job that a redelivered message without an id belongs to, if one waits for it."""
@@ -40,13 +47,20 @@ class Lost:
         jobs = self._jobs.get(identity)
         if not jobs:
             return None
+        late = self._clock() - self._again.get(delivery.queue, self._clock()) > PATIENCE
         # One that still runs comes first: another of its kind must not be started beside it.
-        job = next((job for job in jobs if job.phase is not JobPhase.SETTLED), jobs[0])
-        jobs.remove(job)
+        job = next((job for job in jobs if job.phase is not JobPhase.SETTLED), None)
+        if job is None and not late:
+            job = jobs[0]
+        if job is not None:
+            self._forget(identity, jobs, job)
+        return job
+
+    def _forget(self, identity: bytes, jobs: deque[Job], job: Job | None = None) -> None:
+        jobs.remove(job or jobs[0])
         self._count -= 1
         if not jobs:
             del self._jobs[identity]
-        return job
 
 
 def _identity(delivery: Delivery) -> bytes:

@@ -24,6 +24,9 @@ PREFETCH_MAX = 256
 # How long a queue may hold deliveries that find no slot before others get them.
 STARVED_AFTER = 5.0
 
+# How soon a retired queue that has something under way is looked at again.
+SWEEP_AGAIN = 0.1
+
 PAUSED = "paused"
 NO_SLOT = "no free slot"
 
@@ -62,6 +65,7 @@ class Intake:
         self._holds: set[str] = set()  # over all queues
         self._inlets: dict[str, Inlet] = {}
         self._brokers: dict[Hashable, Broker] = {}
+        self._sweeping: Timer | None = None
         self._retired: list[Inlet] = []  # out of the configuration, jobs of theirs still run
         pool.on_slot = self._on_slot
         pool.on_wait = self._on_wait
@@ -122,17 +126,23 @@ class Intake:
     def _on_starving(self, inlet: Inlet) -> None:
         inlet.starving = None
         name = inlet.queue.name
-        if not self._pool.waiting(name):
+        if not self._pool.slots.waiting(name):
             return
         idle = self._loop.now() - self._pool.last_start.get(name, 0.0)
         if idle < STARVED_AFTER:
             self._watch(inlet, STARVED_AFTER - idle)
-        else:
+        elif not self._pool.slots.free(inlet.queue.tasks):
             self.hold(NO_SLOT, name)
+        elif inlet.queue.kind == "embedded":
+            # It is not asked for jobs of full tasks, so these make room for others' jobs.
+            self._pool.hand_back(name)
+        else:
+            # RabbitMQ would deliver the same ones again at once.
+            self._watch(inlet, STARVED_AFTER)
 
     def _on_slot(self) -> None:
         for inlet in self._inlets.values():
-            if NO_SLOT in inlet.holds and any(map(self._pool.has_slot, inlet.queue.tasks)):
+            if NO_SLOT in inlet.holds and self._pool.slots.free(inlet.queue.tasks):
                 self.release(NO_SLOT, inlet.queue.name)
 
     # Sources
@@ -160,10 +170,14 @@ class Intake:
     def sweep(self) -> None:
         """Close retired queues whose last job was settled, and brokers that nobody uses."""
         for inlet in list(self._retired):
-            working = any(job.delivery.source is inlet.source for job in self._pool.jobs.values())
-            if not working and inlet.source.drained():
+            if any(job.delivery.source is inlet.source for job in self._pool.jobs.values()):
+                continue
+            if inlet.source.drained():
                 inlet.source.close()
                 self._retired.remove(inlet)
+            elif self._sweeping is None or not self._sweeping.active:
+                # Its last settlement is on its way to the broker.
+                self._sweeping = self._loop.call_later(SWEEP_AGAIN, self.sweep)
         used = {_broker(inlet.queue) for inlet in [*self._inlets.values(), *self._retired]}
         for key in self._brokers.keys() - used:
             self._brokers.pop(key).close()
@@ -202,6 +216,7 @@ class Intake:
                 room=prefetch,
                 on_delivery=self._on_delivery,
                 unnamed=shares(self._config.queues.values())[queue.name],
+                full=self._pool.slots.full,
             )
         key = _broker(queue)
         broker = self._brokers.get(key)
@@ -232,8 +247,9 @@ class Intake:
         if inlet.starving is not None:
             inlet.starving.cancel()
         inlet.source.consume(False)
-        self._pool.hand_back(inlet.queue.name)
+        # First: what is handed back lets retired ones be swept, and this one's broker is in use.
         self._retired.append(inlet)
+        self._pool.hand_back(inlet.queue.name)
 
     # For people
 
@@ -251,7 +267,7 @@ class Intake:
                     "held_by": sorted(inlet.holds),
                     "prefetch": inlet.prefetch,
                     "running": sum(job.child is not None for job in jobs),
-                    "waiting": self._pool.waiting(name),
+                    "waiting": self._pool.slots.waiting(name),
                     **state,
                 }
             )

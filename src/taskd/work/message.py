@@ -15,6 +15,7 @@ from taskd.errors import Rejected
 from taskd.queues.delivery import Delivery
 
 ID_BYTES_MAX = 255
+TASK_MAX = 255  # characters of a task's name that are recorded and told
 # An object with no `params` is itself the params, less these.
 ENVELOPE = ("id", "task", "worker")
 NOTHING: dict[str, Any] = {}
@@ -64,13 +65,13 @@ def identify(delivery: Delivery) -> tuple[str, bool]:
 
 def task_named(delivery: Delivery) -> str | None:
     """The task that a message names, for the record of one that was rejected."""
-    if delivery.task is not None:
-        return delivery.task
-    try:
-        named = _named(_envelope(delivery.body) or NOTHING)
-    except Rejected:
-        return None
-    return named if isinstance(named, str) else None
+    named: object = delivery.task
+    if named is None:
+        try:
+            named = _named(_envelope(delivery.body) or NOTHING)
+        except Rejected:
+            return None
+    return named[:TASK_MAX] if isinstance(named, str) else None
 
 
 def new_id() -> str:

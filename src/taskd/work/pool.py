@@ -10,7 +10,7 @@ run beside it.
 
 import random
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -22,15 +22,16 @@ from taskd.config.schema import Config
 from taskd.errors import Rejected, RequestError, SpawnError, StoreAway
 from taskd.kernel.loop import Loop, Timer
 from taskd.queues.delivery import Delivery
-from taskd.states import PHASE_MOVES, AttemptState, JobPhase, JobState, move
+from taskd.states import FINAL, PHASE_MOVES, AttemptState, JobPhase, JobState, move
 from taskd.store import statements
 from taskd.store.recorder import Recorder, Write
 from taskd.work import message, story
 from taskd.work.adoption import Lost
 from taskd.work.job import Job, Outcome
 from taskd.work.rows import Rows
+from taskd.work.slots import Slots
 from taskd.work.story import Story
-from taskd.work.verdict import Verdict, verdict
+from taskd.work.verdict import UNFINISHED, Verdict, verdict
 
 # Those who follow a job read its end after it ended. Each holds the task's kept output at most.
 OUTPUTS_KEPT = 64
@@ -52,6 +53,7 @@ class Pool:
         story: Story,
     ) -> None:
         self.jobs: dict[str, Job] = {}
+        self.slots = Slots(config)
         self.on_slot: Callable[[], None] = lambda: None  # a slot became free
         self.on_wait: Callable[[str], None] = lambda queue: None  # a queue's job found no slot
         self.on_settled: Callable[[], None] = lambda: None
@@ -63,36 +65,20 @@ class Pool:
         self._config = config
         self._rows = rows
         self._story = story
-        self._waiting: dict[str, deque[Job]] = {}
-        self._running: dict[str, int] = {}
-        self._slots_taken = 0
+        self._filling = False  # slots are to be filled at the end of this pass
         self._asked: list[Job] = []
-        self._lost = Lost()
+        self._lost = Lost(loop.now)
         self._outputs: OrderedDict[str, Output] = OrderedDict()  # of jobs that have ended
         self._told: dict[str, Job] = {}  # spoke since the last fold
+        self._speaking: set[str] = set()  # whose last word is not durable yet
         self._fold: Timer | None = None
         self.last_start: dict[str, float] = {}  # of each queue's jobs, by the loop's clock
-
-    # Numbers
-
-    def running(self, task: str | None = None) -> int:
-        """How many slots are taken: of one task, or over all."""
-        return self._slots_taken if task is None else self._running.get(task, 0)
-
-    def waiting(self, queue: str) -> int:
-        return sum(job.queue == queue for jobs in self._waiting.values() for job in jobs)
-
-    def has_slot(self, task: str) -> bool:
-        config = self._config
-        return (
-            self._slots_taken < config.settings.max_running
-            and self._running.get(task, 0) < config.tasks[task].max_running
-        )
 
     # Deliveries
 
     def take(self, delivery: Delivery) -> None:
         """A message came: adopt it, judge it, or let it wait for a slot."""
+        self._lost.on_delivery(delivery.queue)
         queue = self._config.queues[delivery.queue]
         try:
             order = message.read(delivery, queue, self._config.tasks)
@@ -121,7 +107,7 @@ class Pool:
         """Deliveries of `queue` were lost: what has not started will come again by itself."""
         for job in [job for job in self.jobs.values() if job.queue == queue and job.delivery.lost]:
             if job.phase in (JobPhase.JUDGING, JobPhase.WAITING):
-                self._drop(job)
+                self._return(job)  # for its twins' sake; the lost delivery is beyond that
             elif not job.named:
                 self._lost.add(job)
 
@@ -129,10 +115,12 @@ class Pool:
         """What `queue` delivered and has not started goes back to it."""
         for job in [job for job in self.jobs.values() if job.queue == queue]:
             if job.phase in (JobPhase.JUDGING, JobPhase.WAITING):
-                self._drop(job)
-                job.delivery.source.back(job.delivery)
-                for twin in job.twins:
-                    twin.source.back(twin)
+                self._return(job)
+
+    def _return(self, job: Job) -> None:
+        self._drop(job)
+        for delivery in (job.delivery, *job.twins):
+            delivery.source.back(delivery)
 
     def _adopt(self, job: Job, delivery: Delivery) -> None:
         if not job.delivery.lost and job.phase is not JobPhase.SETTLED:
@@ -154,8 +142,7 @@ class Pool:
             if job.phase is not JobPhase.JUDGING:
                 continue
             if isinstance(found, StoreAway):
-                self._drop(job)
-                job.delivery.source.back(job.delivery)
+                self._return(job)
             elif (row := found.get(job.id)) is None:
                 # Nobody recorded its earlier attempts here, but the message tells of them.
                 job.attempt = job.retries = job.delivery.attempt
@@ -169,24 +156,31 @@ class Pool:
         again = self._config.queues[job.queue].duplicate_ids == "run"
         match verdict(delivery, row, duplicates_run=again):
             case Verdict.RUN:
-                if JobState(row["state"]) not in (JobState.QUEUED, JobState.RETRYING):
+                if row["state"] not in UNFINISHED:
                     job.retries = 0  # a new message with a used id starts afresh
                 self._wait(job)
                 return
             case Verdict.DEAD:
                 reason = row["reason"] or "failed"
                 delivery.source.dead(delivery, id=job.id, attempt=job.attempt, reason=reason)
+                self._reply_again(delivery, row)
             case Verdict.RETRY:
                 delay = self._rows.time_left(row)
                 delivery.source.retry(delivery, id=job.id, attempt=job.attempt, delay=delay)
             case Verdict.DONE:
                 delivery.source.done(delivery)
+                self._reply_again(delivery, row)
             case Verdict.DUPLICATE:
                 self._story.duplicate(job, row)
                 delivery.source.done(delivery)
         for twin in job.twins:
             twin.source.done(twin)
         self._drop(job)
+
+    def _reply_again(self, delivery: Delivery, row: Mapping[str, Any]) -> None:
+        """The outcome is settled from the record: whoever waits for it may not have heard."""
+        if delivery.reply_to:
+            delivery.source.reply(delivery, self._rows.reply_from(row))
 
     def _reject(self, delivery: Delivery, reason: str) -> None:
         """Record a message that cannot be a job, then dead-letter it."""
@@ -218,49 +212,40 @@ class Pool:
         self._story.rejected(delivery, id, task, reason)
         self._recorder.write(
             self._rows.rejected(delivery, id, task, reason),
-            partial(self._on_rejection_recorded, delivery, id, reason),
+            partial(self._on_rejection_recorded, delivery, id, task, reason),
         )
 
-    def _on_rejection_recorded(self, delivery: Delivery, id: str, reason: str) -> None:
+    def _on_rejection_recorded(
+        self, delivery: Delivery, id: str, task: str | None, reason: str
+    ) -> None:
         delivery.source.dead(delivery, id=id, attempt=delivery.attempt, reason=reason)
+        if delivery.reply_to:
+            delivery.source.reply(delivery, self._rows.refusal(delivery, id, task, reason))
 
     # Slots
 
     def _wait(self, job: Job) -> None:
         self._move(job, JobPhase.WAITING)
-        name = job.task.name
-        queue = self._waiting.get(name)
-        if queue is None:
-            queue = self._waiting[name] = deque()
-        queue.append(job)
-        self._fill(name)
-        if queue:
-            self.on_wait(job.queue)
+        self.slots.wait(job)
+        self._fill_soon()
 
-    def _fill(self, name: str) -> None:
-        """Start what waits for a task, as far as there are slots."""
-        waiting = self._waiting.get(name)
-        while waiting and self.has_slot(name):
-            job = waiting.popleft()
-            if job.phase is JobPhase.WAITING:
-                self._start(job)
+    def _fill_soon(self) -> None:
+        # Not at once: a spawn that fails frees its slot, and would start the next from within.
+        if not self._filling:
+            self._filling = True
+            self._loop.call_before_wait(self._fill)
 
-    def _free(self, name: str) -> None:
-        self._running[name] -= 1
-        self._slots_taken -= 1
-        self._fill(name)
-        # A slot of the daemon's own limit may be what another task waits for.
-        if len(self._waiting) > 1:
-            for other in list(self._waiting):
-                self._fill(other)
-        self.on_slot()
+    def _fill(self) -> None:
+        """Start what waits, as far as there are slots."""
+        self._filling = False
+        while (job := self.slots.next()) is not None:
+            self._start(job)
+        for queue in self.slots.queues():
+            self.on_wait(queue)
 
     # One attempt
 
     def _start(self, job: Job) -> None:
-        name = job.task.name
-        self._running[name] = self._running.get(name, 0) + 1
-        self._slots_taken += 1
         self._move(job, JobPhase.STARTING)
         now = self.last_start[job.queue] = self._loop.now()
         job.begin(time.time(), now)
@@ -323,9 +308,15 @@ class Pool:
         """Store and tell what children said of themselves; again in a while if they go on."""
         told, self._told = self._told, {}
         for job in told.values():
-            if job.phase is JobPhase.RUNNING:
-                self._recorder.write(self._rows.spoke(job))
-                self._story.spoke(job)
+            if job.phase is not JobPhase.RUNNING:
+                continue
+            self._story.spoke(job)
+            if job.id in self._speaking:
+                self._told[job.id] = job  # one word a job waits for the store, however long
+            else:
+                self._speaking.add(job.id)
+                spoken = partial(self._speaking.discard, job.id)
+                self._recorder.write(self._rows.spoke(job), spoken)
         self._fold = self._loop.call_later(FOLD, self._on_fold) if told else None
 
     def _on_end(self, job: Job, exit: Exit) -> None:
@@ -349,7 +340,9 @@ class Pool:
         self._move(job, JobPhase.RECORDING)
         self._write(job, self._rows.ended(job), self._on_recorded)
         self._story.ended(job, outcome, self._loop.now() - job.started)
-        self._free(job.task.name)
+        self.slots.give_back(job)
+        self._fill_soon()
+        self.on_slot()
 
     # Settlement
 
@@ -368,19 +361,22 @@ class Pool:
             case JobState.RETRYING:
                 source.retry(delivery, id=job.id, attempt=job.attempt, delay=outcome.delay)
             case JobState.QUEUED:
-                source.back(delivery)
+                # Where the message has no id of its own, it takes the job's along.
+                source.back(delivery, id=None if job.named else job.id)
             case JobState.FAILED:
                 reason = outcome.reason or "failed"
                 source.dead(delivery, id=job.id, attempt=job.attempt, reason=reason)
             case _:
                 source.done(delivery)
-        if delivery.reply_to and outcome.job not in (JobState.RETRYING, JobState.QUEUED):
+        if delivery.reply_to and outcome.job in FINAL:
             source.reply(delivery, self._rows.reply(job))
         for twin in job.twins:
             twin.source.done(twin)
 
     def _drop(self, job: Job) -> None:
         """Forget a job that has not started, whose message is answered otherwise."""
+        if job.phase is JobPhase.WAITING:
+            self.slots.leave(job)
         self._move(job, JobPhase.SETTLED)
         if self.jobs.get(job.id) is job:
             del self.jobs[job.id]
@@ -403,6 +399,8 @@ class Pool:
             if starting:
                 self._conclude(job, outcome)
             else:
+                if job.phase is JobPhase.WAITING:
+                    self.slots.leave(job)
                 job.outcome = outcome
                 job.finished_at = time.time()
                 self._move(job, JobPhase.RECORDING)
@@ -436,14 +434,14 @@ class Pool:
     def configure(self, config: Config) -> None:
         """Work by another configuration from now on; running jobs keep their task."""
         self._config = config
-        waiting, self._waiting = self._waiting, {}
-        for jobs in waiting.values():
-            for job in jobs:
-                if job.phase is JobPhase.WAITING:
-                    self._drop(job)
-                    if job.queue in config.queues:
-                        self.take(job.delivery)
-                    else:
-                        job.delivery.source.back(job.delivery)
-        for name in [*self._waiting]:
-            self._fill(name)
+        self.slots.configure(config)
+        for job in list(self.jobs.values()):
+            if job.phase not in (JobPhase.JUDGING, JobPhase.WAITING):
+                continue
+            if job.queue not in config.queues:
+                self._return(job)
+                continue
+            self._drop(job)
+            for delivery in (job.delivery, *job.twins):
+                self.take(delivery)
+        self._fill_soon()

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Mapping
+from datetime import datetime
 from typing import Any
 
 from taskd.queues.delivery import Delivery
@@ -24,13 +25,16 @@ class Rows:
     def recall(self, job: Job, row: Mapping[str, Any]) -> None:
         """Go on from the row of an earlier attempt."""
         job.known = True
-        job.attempt = row["attempt"]
-        job.retries = row["retries"]
-        job.submitted_at = unix_time(row["submitted_at"])
+        # SQLite lets a front end put anything there.
+        if isinstance(row["attempt"], int) and isinstance(row["retries"], int):
+            job.attempt, job.retries = row["attempt"], row["retries"]
+        if isinstance(row["submitted_at"], datetime):
+            job.submitted_at = unix_time(row["submitted_at"])
 
     def time_left(self, row: Mapping[str, Any]) -> float:
         """Seconds until a job that waits for its retry is due."""
-        return max(0.0, unix_time(row["run_after"]) - time.time()) if row["run_after"] else 0.0
+        due = row["run_after"]
+        return max(0.0, unix_time(due) - time.time()) if isinstance(due, datetime) else 0.0
 
     # What is written
 
@@ -40,6 +44,7 @@ class Rows:
                 **self._born(job),
                 **self._now(job),
                 "state": JobState.RUNNING,
+                "dead": False,
                 "reason": None,
                 "finished_at": None,
                 "run_after": None,
@@ -122,7 +127,8 @@ class Rows:
             "payload": delivery.body,
             "submitted_at": moment(job.submitted_at),
             "priority": delivery.priority or 0,
-            "message_id": delivery.id,
+            # NULL where the message had no id, in its properties or in its body.
+            "message_id": job.id if job.named else None,
         }
 
     def _now(self, job: Job) -> dict[str, Any]:
@@ -157,21 +163,40 @@ class Rows:
             "dead": outcome.job is JobState.FAILED,
         }
 
+    # What is answered to `reply_to`: JSON
+
     def reply(self, job: Job) -> bytes:
-        """The outcome, for `reply_to`: JSON."""
         outcome, exit = job.outcome, job.exit
         assert outcome is not None
-        answer = {
-            "id": job.id,
-            "task": job.task.name,
-            "state": outcome.job,
-            "reason": outcome.reason,
-            "attempt": job.attempt,
-            "exit_code": exit.code if exit is not None else None,
-            "signal": exit.signal if exit is not None else None,
-            "result": json.loads(job.result) if job.result is not None else None,
-        }
-        return json.dumps(answer).encode()
+        return _reply(
+            {
+                "id": job.id,
+                "task": job.task.name,
+                "state": outcome.job,
+                "reason": outcome.reason,
+                "attempt": job.attempt,
+                "exit_code": exit.code if exit is not None else None,
+                "signal": exit.signal if exit is not None else None,
+            },
+            _text(job.result),
+        )
+
+    def reply_from(self, row: Mapping[str, Any]) -> bytes:
+        """As `reply`, from the record."""
+        names = ("id", "task", "state", "reason", "attempt", "exit_code", "signal")
+        return _reply({name: row[name] for name in names}, row["result"])
+
+    def refusal(self, delivery: Delivery, id: str, task: str | None, reason: str) -> bytes:
+        """As `reply`, to a message that was rejected."""
+        answer = {"id": id, "task": task, "state": JobState.REJECTED, "reason": reason}
+        none = {"exit_code": None, "signal": None}
+        return _reply({**answer, "attempt": delivery.attempt, **none}, None)
+
+
+def _reply(answer: dict[str, Any], result: str | None) -> bytes:
+    # The result was checked when it came. It is put in as text: what json reads it may refuse
+    # to write again, one level deeper.
+    return f'{json.dumps(answer)[:-1]}, "result": {result or "null"}}}'.encode()
 
 
 def _text(result: bytes | None) -> str | None:

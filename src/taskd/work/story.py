@@ -96,8 +96,7 @@ class Story:
             row["state"],
         )
         if self._events:
-            state = JobState(row["state"])
-            event = _event("job", job.id, row["task"], job.queue, state)
+            event = _event("job", job.id, row["task"], job.queue, row["state"])
             kept = {name: row[name] for name in ("attempt", "reason", "exit_code", "signal")}
             self._events.publish(event | kept)
 
@@ -130,7 +129,7 @@ def _of(job: Job, state: JobState) -> dict[str, Any]:
     }
 
 
-def _event(kind: str, id: str, task: str | None, queue: str, state: JobState) -> dict[str, Any]:
+def _event(kind: str, id: str, task: str | None, queue: str, state: str) -> dict[str, Any]:
     return {
         "event": kind,
         "id": id,

@@ -11,6 +11,10 @@ from typing import Any
 from taskd.queues.delivery import Delivery
 from taskd.states import FINAL, JobState
 
+UNFINISHED = frozenset(JobState) - FINAL
+# The header that only a dead letter has.
+REASON = "x-taskd-reason"
+
 
 class Verdict(Enum):
     RUN = auto()
@@ -22,17 +26,19 @@ class Verdict(Enum):
 
 def verdict(delivery: Delivery, row: Mapping[str, Any], *, duplicates_run: bool) -> Verdict:
     """What to do with a message whose id the store knows as `row`, and no job here runs."""
-    state = JobState(row["state"])
+    state = row["state"]
     if delivery.row is not None:  # the queue is the store itself
         return Verdict.RUN
-    if state in FINAL:
-        if delivery.attempt:
+    if state not in UNFINISHED:  # nor is a state that only a front end knows
+        if REASON in delivery.headers and not delivery.redelivered:
+            return Verdict.RUN  # a dead letter that somebody moved back by hand
+        if delivery.attempt and not delivery.redelivered:
             # Its attempt is over, or it is a second copy of a retry that has been made.
             return Verdict.DONE
         if not delivery.redelivered:
             return Verdict.RUN if duplicates_run else Verdict.DUPLICATE
         return Verdict.DEAD if row["dead"] else Verdict.DONE
-    if state is JobState.RETRYING and delivery.attempt < row["attempt"]:
+    if state == JobState.RETRYING and delivery.attempt < row["attempt"]:
         # Recorded, but maybe not published before the daemon or the connection went.
         return Verdict.RETRY if delivery.redelivered else Verdict.DUPLICATE
     return Verdict.RUN

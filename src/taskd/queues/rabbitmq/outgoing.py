@@ -14,6 +14,7 @@ from taskd.queues.rabbitmq.properties import EMPTY, Properties
 ATTEMPT = "x-taskd-attempt"
 REASON = "x-taskd-reason"
 QUEUE = "x-taskd-queue"
+RETURNED = "x-taskd-returned"  # a copy that stands for a redelivery
 REASON_MAX = 1024
 
 # RabbitMQ 4 drops a message after 20 returns if the queue does not say otherwise.
@@ -34,6 +35,8 @@ _NOT_COPIED = ("expiration", "user_id", "cluster_id")
 # CC and BCC send a message to further queues, where the original has been. x-death makes the
 # broker drop what it takes for a circle of dead letters. The counts are the original's own.
 _HEADERS_NOT_COPIED = ("CC", "BCC", "x-death", "x-delivery-count", "x-acquired-count")
+# What we said of the original ourselves.
+_OURS = (REASON, RETURNED)
 # A frame's own bytes, and those of a header frame before the properties.
 _FRAME_OVERHEAD = 8 + 12
 _SHORT_STRING_MAX = 255
@@ -77,8 +80,8 @@ def for_dead(original: Properties, id: str, attempt: int, reason: str, queue: st
     return _copy(original, {REASON: cut, ATTEMPT: attempt, QUEUE: queue}, id)
 
 
-def for_return(original: Properties, attempt: int) -> Properties:
-    return _copy(original, {ATTEMPT: attempt}, None)
+def for_return(original: Properties, attempt: int, id: str | None) -> Properties:
+    return _copy(original, {ATTEMPT: attempt, RETURNED: 1}, id)
 
 
 def for_reply(original: Properties) -> Properties:
@@ -116,7 +119,7 @@ def fitting(properties: Properties, frame_max: int) -> Properties:
     if not frame_max or len(properties) + _FRAME_OVERHEAD <= frame_max:
         return properties
     headers = properties.headers()
-    ours = {name: headers[name] for name in (REASON, ATTEMPT, QUEUE) if name in headers}
+    ours = {name: headers[name] for name in (REASON, ATTEMPT, QUEUE, RETURNED) if name in headers}
     return properties.copy({}, headers=ours, without=("headers",))
 
 
@@ -129,7 +132,7 @@ def _copy(original: Properties, headers: Mapping[str, str | int], id: str | None
         # As a name without a channel it stands for the publisher's own, which we do not have.
         without = (*without, "reply_to")
     return original.copy(
-        changes, headers=headers, without=without, headers_without=_HEADERS_NOT_COPIED
+        changes, headers=headers, without=without, headers_without=_HEADERS_NOT_COPIED + _OURS
     )
 
 

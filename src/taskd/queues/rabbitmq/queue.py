@@ -280,7 +280,7 @@ class RabbitQueue:
             token=(tag, properties),
             id=properties.text("message_id") or (own_id if isinstance(own_id, str) else None),
             task=properties.text("type") or None,
-            redelivered=method.redelivered,
+            redelivered=method.redelivered or outgoing.RETURNED in headers,
             attempt=_count(headers.get(outgoing.ATTEMPT), _ATTEMPTS_MAX),
             priority=properties.number("priority"),
             reply_to=properties.text("reply_to") or None,
@@ -316,12 +316,12 @@ class RabbitQueue:
                 missing = outgoing.DEAD_ARGUMENTS
             self._placer.place(Copy(delivery, exchange, key, properties, if_missing=missing))
 
-    def back(self, delivery: Delivery) -> None:
+    def back(self, delivery: Delivery, *, id: str | None = None) -> None:
         if not self._settle(delivery):
             return
         returns = _count(delivery.headers.get("x-delivery-count"), _ATTEMPTS_MAX)
-        if returns >= _RETURNS_MAX:
-            properties = outgoing.for_return(delivery.token[1], delivery.attempt)
+        if returns >= _RETURNS_MAX or id is not None:
+            properties = outgoing.for_return(delivery.token[1], delivery.attempt, id)
             self._placer.place(Copy(delivery, "", self._key, properties))
         else:
             self._gather()
