@@ -13,7 +13,7 @@ from pathlib import Path
 _libc = ctypes.CDLL(None, use_errno=True)
 
 _PR_SET_CHILD_SUBREAPER = 36
-# A tree that outgrows this many looks is a fork bomb; what has been found by then is killed.
+# After so many looks (some 20 ms) what was found is killed, whatever still grows or moves.
 _LOOKS = 64
 
 PROC_CHILDREN = Path("/proc/thread-self/children").exists()  # CONFIG_PROC_CHILDREN
@@ -57,19 +57,23 @@ def kill_group(pgid: int, number: int) -> None:
 def kill_tree(leader: int) -> None:
     """SIGKILL the group that `leader` leads and every descendant of `leader`.
 
-    `leader` is a child that has not been reaped. Each process found is stopped before the next
-    look: a stopped one can neither fork nor reap, so the looks come to an end and no number
-    found can be given to a stranger meanwhile. Who has left both (a session of its own, and a
-    parent that has ended) is not found: that takes a cgroup.
+    `leader` is a child that has not been reaped. All are stopped first: a stopped process can
+    neither fork nor reap, so that in the end one look finds everybody, and no number found can
+    have been given to a stranger. Who has left both (a session of its own, and a parent that
+    has ended) is not found: that takes a cgroup.
     """
     found: set[int] = set()
+    moving: set[int] = set()
     for _ in range(_LOOKS):
         fresh = {leader, *descendants(leader)} - found
-        if not fresh:
+        if not fresh and not moving:
             break
         for pid in fresh:
             _kill(pid, signal.SIGSTOP)
         found |= fresh
+        # Since Linux 4.20 a fork that has begun is completed in spite of a SIGSTOP.
+        moving = {pid for pid in moving | fresh if not _stands(pid)}
+        os.sched_yield()
     kill_group(leader, signal.SIGKILL)
     for pid in found:
         _kill(pid, signal.SIGKILL)
@@ -91,6 +95,21 @@ def descendants(pid: int, *, listed: bool = PROC_CHILDREN) -> list[int]:
     return below
 
 
+def _stands(pid: int) -> bool:
+    """Whether every thread of a process is stopped or dead."""
+    with contextlib.suppress(OSError):
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            if _fields(thread)[0] not in (b"T", b"t", b"Z", b"X"):
+                return False
+    return True
+
+
+def _fields(process: Path) -> list[bytes]:
+    """The fields of its `stat` from the third on: state, parent, group, ..."""
+    # The second is the program's name, which may hold blanks and brackets.
+    return (process / "stat").read_bytes().rpartition(b")")[2].split()
+
+
 def _children(pid: int) -> list[int]:
     found: list[int] = []
     with contextlib.suppress(OSError):  # it may end at any moment
@@ -104,9 +123,7 @@ def _parents() -> defaultdict[int, list[int]]:
     table: defaultdict[int, list[int]] = defaultdict(list)
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            # The second field is the program's name, which may hold blanks and brackets.
-            fields = (entry / "stat").read_bytes().rpartition(b")")[2].split()
-            table[int(fields[1])].append(int(entry.name))
+            table[int(_fields(entry)[1])].append(int(entry.name))
     return table
 
 
