@@ -139,7 +139,7 @@ def test_a_stop_reaches_the_whole_group(nursery: Nursery) -> None:
     run.child.stop("cancelled")
     nursery.finish(run)
     assert run.exit.signal == signal.SIGTERM
-    assert not alive(said(run)[0])
+    nursery.until(lambda: not alive(said(run)[0]))
 
 
 def test_who_does_not_heed_a_stop_is_killed_when_its_time_is_over(nursery: Nursery) -> None:

@@ -67,12 +67,12 @@ def pids(daemon: subprocess.Popen[str]) -> tuple[int, list[int]]:
 
 def test_a_killed_daemon_leaves_no_child_behind(daemon: subprocess.Popen[str]) -> None:
     guardian, children = pids(daemon)
-    tree = [pid for child in children for pid in (child, *descendants(child))]
-    assert len(tree) == 40
-    assert all(map(alive, [guardian, *tree]))
+    wait_until(lambda: len(tree(children)) == 40)
+    everybody = {guardian, *tree(children)}
+    assert all(map(alive, everybody))
     daemon.kill()
     daemon.wait()
-    wait_until(lambda: not any(map(alive, [guardian, *tree])))
+    wait_until(lambda: not any(map(alive, everybody)))
 
 
 def test_a_session_of_its_own_does_not_hide_a_process_that_began_with_our_environment(

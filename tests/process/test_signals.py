@@ -4,11 +4,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from taskd.kernel.signals import SignalFd
 
+ROOT = Path(__file__).parents[2]
 ALL = (
     signal.SIGTERM,
     signal.SIGINT,
@@ -116,3 +118,42 @@ def test_a_parent_that_ignored_sigchld_does_not_cost_us_exit_statuses() -> None:
     command = ["/bin/sh", "-c", 'trap "" CHLD; exec "$@"', "sh", sys.executable, "-c", ADOPTED]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (result.stdout, result.stderr) == (f"[{int(signal.SIGCHLD)}] 7\n", "")
+
+
+CHILDREN = """
+import signal
+from taskd.children.child import Children, Launch
+from taskd.kernel.loop import Loop
+from taskd.kernel.signals import SignalFd
+from tests.support.children import Lines
+loop, signals, exits = Loop(), SignalFd([signal.SIGCHLD]), []
+children = Children(loop, Lines(), notify_directory=None)
+
+def on_signal(fd, events):
+    if signal.SIGCHLD in signals.read():
+        children.reap()
+
+def on_end(exit):
+    exits.append(exit.code)
+    if len(exits) < 500:
+        start()
+    elif len(children) == 0:
+        loop.stop()
+
+def start():
+    launch = Launch(argv=("/bin/sh", "-c", f"exit {len(exits) % 7}"), environment={}, fields={})
+    children.start(launch, on_end=on_end, on_notify=print)
+
+loop.add_handler(signals.fd, on_signal, loop.READ)
+for _ in range(16):
+    start()
+loop.start()
+print(len(exits), set(exits))
+"""
+
+
+def test_no_exit_is_missed_among_many() -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", CHILDREN], capture_output=True, text=True, cwd=ROOT, timeout=60
+    )
+    assert (result.stdout, result.stderr) == (f"515 {set(range(7))}\n", "")

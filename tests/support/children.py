@@ -1,6 +1,5 @@
 """A loop with children in it, as the daemon has one, driven until a test has seen enough."""
 
-import signal
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,7 +9,6 @@ from taskd.children.guardian import Guardian
 from taskd.children.notify import Notice
 from taskd.journal import Sink
 from taskd.kernel.loop import Loop
-from taskd.kernel.signals import SignalFd
 
 PATH = "/usr/local/bin:/usr/bin:/bin"
 LOOK_EVERY = 0.001
@@ -82,12 +80,9 @@ class Nursery:
         self.clock = Clock()
         self.loop = Loop(self.clock)
         self.lines = Lines()
-        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-        self._signals = SignalFd([signal.SIGCHLD])
         self.children = Children(
             self.loop, sink or self.lines, notify_directory=notify_directory, guardian=guardian
         )
-        self.loop.add_handler(self._signals.fd, self._on_signals, Loop.READ)
 
     def __enter__(self) -> "Nursery":
         return self
@@ -95,8 +90,6 @@ class Nursery:
     def __exit__(self, *_: object) -> None:
         self.children.close()
         self.loop.close()
-        self._signals.close()
-        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
 
     def start(self, *argv: str, **launch: object) -> Run:
         """Start a program; `launch` are other fields of the Launch."""
@@ -118,6 +111,8 @@ class Nursery:
         expired = []
 
         def look() -> None:
+            # Not on SIGCHLD: a test run may have threads from before, which do not block it.
+            self.children.reap()
             if condition():
                 self.loop.stop()
             elif time.monotonic() > deadline:
@@ -133,7 +128,3 @@ class Nursery:
     def finish(self, *runs: Run, limit: float = 30.0) -> None:
         """Run the loop until these have ended."""
         self.until(lambda: all(run.exits for run in runs), limit)
-
-    def _on_signals(self, fd: int, events: int) -> None:
-        self._signals.read()
-        self.children.reap()
