@@ -22,6 +22,7 @@ from tests.systemd.package import ENVIRON
 BOOT_LIMIT = 120.0
 OFF_LIMIT = 60.0
 PR_SET_PDEATHSIG = 1
+TOOLS = "systemd-nspawn mmdebstrap dpkg-buildpackage dh_python3 unshare nsenter setpriv strace"
 
 # A cgroup2 of its own view, so that it does not matter how this machine mounts its cgroups; then a
 # cgroup for the booted one. What SIGKILL keeps this script from removing are empty directories.
@@ -111,12 +112,12 @@ class Machine:
 
     def outside(self, pid: int) -> int:
         """The pid out here of a process in there."""
-        namespace = os.readlink(f"/proc/{self._leader}/ns/pid")
+        namespace = Path(f"/proc/{self._leader}/ns/pid").readlink()
         for entry in Path("/proc").iterdir():
             if not entry.name.isdecimal():
                 continue
             try:
-                if os.readlink(entry / "ns/pid") != namespace:
+                if (entry / "ns/pid").readlink() != namespace:
                     continue
                 status = (entry / "status").read_text()
             except OSError:
@@ -236,5 +237,4 @@ def _die_with_parent() -> None:
 
 def missing_tools() -> list[str]:
     """What a boot needs and this machine does not have."""
-    tools = "systemd-nspawn mmdebstrap dpkg-buildpackage unshare nsenter setpriv strace".split()
-    return [tool for tool in tools if shutil.which(tool, path=ENVIRON["PATH"]) is None]
+    return [tool for tool in TOOLS.split() if shutil.which(tool, path=ENVIRON["PATH"]) is None]

@@ -20,17 +20,15 @@ ENVIRON = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8", "HOME": "
 PATIENCE = 600
 
 RELEASES = ("bookworm", "trixie")
-PACKAGES = (
-    "systemd systemd-sysv dbus "
-    "rabbitmq-server postgresql redis-server redis-tools "
-    "python3-pika python3-systemd python3-sdnotify python3-sqlalchemy python3-click python3-rich "
-    "python3-psycopg2 "
-    "bash-completion zsh man-db procps"
-).split()
+PACKAGES = """
+    systemd systemd-sysv dbus rabbitmq-server postgresql redis-server redis-tools
+    python3-pika python3-systemd python3-sdnotify python3-sqlalchemy python3-click python3-rich
+    python3-psycopg2 bash-completion zsh man-db procps
+"""
 # Tests start what they need.
-IDLE = "rabbitmq-server epmd.socket epmd postgresql redis-server".split()
-QUIET = "apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_all.timer".split()
-MADE_FROM = "LICENSE README.md debian packaging pyproject.toml src units".split()
+IDLE = "rabbitmq-server epmd.socket epmd postgresql redis-server"
+QUIET = "apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_all.timer"
+MADE_FROM = "LICENSE README.md debian packaging pyproject.toml src units"
 
 
 def package() -> Path:
@@ -89,7 +87,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 def _digest_of_sources() -> str:
     digest = hashlib.sha256()
-    for name in MADE_FROM:
+    for name in MADE_FROM.split():
         top = ROOT / name
         for path in sorted([top, *top.rglob("*")]):
             if "__pycache__" in path.parts or path.suffix == ".egg-info" or path.is_dir():
@@ -102,7 +100,7 @@ def _digest_of_sources() -> str:
 def _build(target: Path) -> None:
     source = target / "source"
     source.mkdir()
-    for name in MADE_FROM:
+    for name in MADE_FROM.split():
         top = ROOT / name
         if top.is_dir():
             passed_over = shutil.ignore_patterns("__pycache__", "*.egg-info")
@@ -127,9 +125,9 @@ def _bootstrap(release: str, target: Path) -> None:
         "--dpkgopt=force-unsafe-io",
         "--aptopt=Acquire::Languages none",
         "--aptopt=Acquire::Retries 5",
-        f"--include={','.join(PACKAGES)}",
-        f"--customize-hook=systemctl --root=$1 disable {' '.join(IDLE)}",
-        f"--customize-hook=systemctl --root=$1 mask {' '.join(QUIET)}",
+        f"--include={','.join(PACKAGES.split())}",
+        f"--customize-hook=systemctl --root=$1 disable {IDLE}",
+        f"--customize-hook=systemctl --root=$1 mask {QUIET}",
         release,
         root,
         TMPDIR=os.environ.get("TMPDIR", "/tmp"),
