@@ -11,6 +11,7 @@ import signal
 import socket
 import uuid
 from contextlib import suppress
+from datetime import datetime, timedelta
 from pathlib import Path
 
 from taskd import journal
@@ -56,6 +57,8 @@ EXTEND_BY = 30.0
 LAST_PATIENCE = 15.0
 # How long no job starts after the machine had no process or memory for one.
 SPAWN_REST = 2.0
+# How many jobs STATUS names while a stop waits for them.
+SHOWN = 3
 
 STORE = "store away"
 DRAIN = "draining"
@@ -252,6 +255,12 @@ class Daemon:
         self._telling = False
         self._service.status(report.status(self))
 
+    def _held_up_by(self) -> str:
+        """The jobs that a stop waits for, as far as a line has room for them."""
+        jobs = [f"{job.task.name} {job.id}" for job in self.pool.jobs.values()]
+        more = f" and {len(jobs) - SHOWN} more" if len(jobs) > SHOWN else ""
+        return (", ".join(jobs[:SHOWN]) or "what is not settled yet") + more
+
     # Reload
 
     def reload(self, *, dry: bool = False) -> list[str]:
@@ -346,6 +355,8 @@ class Daemon:
         self.intake.hold("stopping")
         self._extend()
         self._quitting = self.loop.call_later(patience, self._stop)
+        end = datetime.now().astimezone() + timedelta(seconds=patience)
+        self._waiting = f"waits until {end:%H:%M:%S %Z}"
         self._finish()
 
     def _stop(self, *, kill: bool = False) -> None:
@@ -356,6 +367,7 @@ class Daemon:
             if self._quitting is not None:
                 self._quitting.cancel()
             self._quitting = self.loop.call_later(longest + LAST_PATIENCE, self._give_up)
+            self._waiting = "stops them and waits"
             log.info("stop: %d running jobs are stopped and handed back", self.pool.running())
         self.pool.interrupt(kill=kill)
         self._finish()
@@ -378,10 +390,11 @@ class Daemon:
         self._tell()
         if self.pool.jobs:
             return
-        if self.intake.drained():
+        if self.intake.drained() and self._server.part():
             self.loop.stop()
         else:
-            # Confirms come from the broker; there is no one event for the last of them.
+            # Confirms come from the broker, answers leave for clients; there is no one event
+            # for the last of them.
             self.loop.call_later(0.02, self._finish)
 
     def _close(self) -> None:
