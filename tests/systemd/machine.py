@@ -22,7 +22,7 @@ from tests.systemd.package import ENVIRON
 BOOT_LIMIT = 120.0
 OFF_LIMIT = 60.0
 PR_SET_PDEATHSIG = 1
-TOOLS = "systemd-nspawn mmdebstrap dpkg-buildpackage dh_python3 unshare nsenter setpriv strace"
+TOOLS = "systemd-nspawn mmdebstrap dpkg-buildpackage dh_python3 unshare nsenter setpriv"
 
 # A cgroup2 of its own view, so that it does not matter how this machine mounts its cgroups; then a
 # cgroup for the booted one. What SIGKILL keeps this script from removing are empty directories.
@@ -61,7 +61,7 @@ class Machine:
     def run(self, *words: str, limit: float = 120, check: bool = True, input: str = "") -> Ran:
         """Run a command as root; fails the test if it fails, unless `check` is off."""
         done = subprocess.run(
-            self._inside(*words),
+            self.inside(*words),
             env=ENVIRON,
             input=input,
             capture_output=True,
@@ -82,7 +82,7 @@ class Machine:
     def running(self, *words: str) -> Iterator["subprocess.Popen[str]"]:
         """A command that goes on beside the test, killed at the end if it still runs."""
         process = subprocess.Popen(
-            self._inside(*words),
+            self.inside(*words),
             env=ENVIRON,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -95,7 +95,8 @@ class Machine:
             finally:
                 process.kill()
 
-    def _inside(self, *words: str) -> list[str]:
+    def inside(self, *words: str) -> list[str]:
+        """The command line out here of a command in there."""
         return ["nsenter", "--all", f"--target={self._leader}", "--", *words]
 
     # Files and processes

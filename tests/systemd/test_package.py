@@ -50,10 +50,15 @@ def test_installing_enables_and_starts_everything_in_order(bare: Machine) -> Non
         shown = bare.show(unit, "ActiveState", "UnitFileState")
         assert shown == {"ActiveState": "active", "UnitFileState": "enabled"}
     # Once, without a failure before: user, group and /run/taskd were there.
-    assert bare.show("taskd.service", "NRestarts", "Result") == {"NRestarts": "0", "Result": "success"}
+    assert bare.show("taskd.service", "NRestarts", "Result") == {
+        "NRestarts": "0",
+        "Result": "success",
+    }
     assert bare.run("taskctl", "ping").out == "PONG\n"
     assert bare.sh("systemctl --failed --plain --no-legend") == ""
-    modes = bare.sh("stat -c '%a %U:%G %n' /var/lib/taskd /run/taskd /run/taskd/control.sock /etc/taskd")
+    modes = bare.sh(
+        "stat -c '%a %U:%G %n' /var/lib/taskd /run/taskd /run/taskd/control.sock /etc/taskd"
+    )
     assert modes.splitlines() == [
         "2770 taskd:taskd /var/lib/taskd",
         "770 taskd:taskd /run/taskd",
@@ -176,7 +181,8 @@ def test_no_machine_outlives_the_one_who_booted_it(signal: str, release: str, de
         "import pathlib, sys, tempfile\n"
         "from tests.systemd.machine import booted\n"
         "from tests.systemd.package import image\n"
-        f"with booted({release!r}, image({release!r}), pathlib.Path(tempfile.mkdtemp())) as machine:\n"
+        f"name, here = {release!r}, pathlib.Path(tempfile.mkdtemp())\n"
+        "with booted(name, image(name), here) as machine:\n"
         "    print(machine.outside(1), flush=True)\n"
         "    sys.stdin.read()\n"
     )
