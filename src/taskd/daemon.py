@@ -57,8 +57,6 @@ EXTEND_BY = 30.0
 LAST_PATIENCE = 15.0
 # How long no job starts after the machine had no process or memory for one.
 SPAWN_REST = 2.0
-# How many jobs STATUS names while a stop waits for them.
-SHOWN = 3
 
 STORE = "store away"
 DRAIN = "draining"
@@ -81,6 +79,7 @@ class Daemon:
         self._ready = False
         self._telling = False  # STATUS is to be renewed at the end of this pass
         self.trouble = ""  # why the last reload was refused
+        self.waiting = ""  # until when a stop does
         self._quitting: Timer | None = None
         self._service = service
         self._sink = sink
@@ -255,12 +254,6 @@ class Daemon:
         self._telling = False
         self._service.status(report.status(self))
 
-    def _held_up_by(self) -> str:
-        """The jobs that a stop waits for, as far as a line has room for them."""
-        jobs = [f"{job.task.name} {job.id}" for job in self.pool.jobs.values()]
-        more = f" and {len(jobs) - SHOWN} more" if len(jobs) > SHOWN else ""
-        return (", ".join(jobs[:SHOWN]) or "what is not settled yet") + more
-
     # Reload
 
     def reload(self, *, dry: bool = False) -> list[str]:
@@ -356,7 +349,7 @@ class Daemon:
         self._extend()
         self._quitting = self.loop.call_later(patience, self._stop)
         end = datetime.now().astimezone() + timedelta(seconds=patience)
-        self._waiting = f"waits until {end:%H:%M:%S %Z}"
+        self.waiting = f"waits until {end:%H:%M:%S %Z}"
         self._finish()
 
     def _stop(self, *, kill: bool = False) -> None:
@@ -367,7 +360,7 @@ class Daemon:
             if self._quitting is not None:
                 self._quitting.cancel()
             self._quitting = self.loop.call_later(longest + LAST_PATIENCE, self._give_up)
-            self._waiting = "stops them and waits"
+            self.waiting = "stops them and waits"
             log.info("stop: %d running jobs are stopped and handed back", self.pool.running())
         self.pool.interrupt(kill=kill)
         self._finish()

@@ -4,7 +4,7 @@ import json
 import re
 from typing import Any
 
-from taskd.ctl.client import Connection
+from taskd.ctl.client import Connection, Refused
 from tests.support.waiting import wait_until
 from tests.systemd.machine import Machine, Ran
 
@@ -117,7 +117,10 @@ class Taskd:
         seen: dict[str, Any] = {}
 
         def there() -> dict[str, Any] | None:
-            seen.update(self.ask("JOB", id))
+            try:
+                seen.update(self.ask("JOB", id))
+            except Refused:  # the store has no row of it before it is delivered
+                return None
             return seen if seen["state"] in (states or OUTCOMES) else None
 
         try:

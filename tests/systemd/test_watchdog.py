@@ -79,16 +79,18 @@ def held(machine: Machine) -> Iterator[Callable[[], None]]:
         yield holder.stdin.close
 
 
-@contextmanager
-def frozen(thread: int) -> Iterator[None]:
-    """Inside, one thread of a process stands still while the others go on, as under a debugger."""
+def freeze(thread: int) -> None:
+    """One thread of a process stands still while the others go on, as under a debugger."""
     trace = ctypes.CDLL(None, use_errno=True).ptrace
     trace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
     for request in PTRACE_SEIZE, PTRACE_INTERRUPT:
         assert trace(request, thread, None, None) == 0, os.strerror(ctypes.get_errno())
     os.waitpid(thread, WALL)  # it has stopped
-    yield
-    os.waitpid(thread, WALL)  # it has been killed
+
+
+def until_killed(thread: int) -> None:
+    """Nobody hears of its end, and so of its process's, before whoever has frozen it."""
+    wait_until(lambda: os.waitpid(thread, WALL | os.WNOHANG)[0], 60)
 
 
 def test_a_recorder_that_hangs_is_a_hang(taskd: Taskd) -> None:
@@ -98,13 +100,14 @@ def test_a_recorder_that_hangs_is_a_hang(taskd: Taskd) -> None:
     main, recorder = sorted(int(task.name) for task in Path(f"/proc/{pid}/task").iterdir())
     assert main == pid
     wchan = Path(f"/proc/{pid}/task/{recorder}/wchan")
-    with held(taskd.machine) as release:
-        with taskd.machine.running("taskctl", "submit", "echo", '{"words": "x"}'):
-            # It is in a call that may take 5 s, as it waits for the lock.
-            wait_until(lambda: wchan.read_text() == "hrtimer_nanosleep", 30)
-            with frozen(recorder):
-                release()
-                taskd.until_restarted()
+    asking = taskd.machine.running("taskctl", "submit", "echo", '{"words": "x"}')
+    with held(taskd.machine) as release, asking:
+        # It is in a call that may take 5 s, as it waits for the lock.
+        wait_until(lambda: wchan.read_text() == "hrtimer_nanosleep", 30)
+        freeze(recorder)
+        release()
+        until_killed(recorder)
+        taskd.until_restarted()
     log = taskd.log()
     assert "Watchdog timeout" in log
     assert "Fatal Python error: Aborted" in log
