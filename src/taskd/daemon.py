@@ -313,10 +313,11 @@ class Daemon:
         journal.set_level(level)
 
     def _toggle_debug(self) -> None:
-        if log.isEnabledFor(logging.DEBUG):
-            self._set_level()
-        else:
+        configured = self.config.settings.log_level
+        if not log.isEnabledFor(logging.DEBUG):
             journal.set_level("debug")
+        else:
+            journal.set_level("info" if configured == "debug" else configured)
         log.warning("log level is %s", logging.getLevelName(log.getEffectiveLevel()).lower())
 
     # The end
