@@ -13,6 +13,7 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ mkdir /sys/fs/cgroup/$1
 trap 'find /sys/fs/cgroup/$1 -depth -type d -exec rmdir {} +' EXIT
 sh -c 'echo $$ >/sys/fs/cgroup/$1/cgroup.procs; shift; exec "$@"' - "$@"
 """
+
+_boots = count(1)
 
 
 class Ran:
@@ -148,6 +151,11 @@ class Machine:
         out = self.run("journalctl", "--output=json", "--all", "--no-pager", *matches).out
         return [json.loads(line) for line in out.splitlines()]
 
+    def messages(self, queue: str) -> int:
+        """How many RabbitMQ has in a queue, as of some seconds ago; -1 if there is none."""
+        out = self.run("rabbitmqctl", "--quiet", "list_queues", "name", "messages").out
+        return int(dict(line.split("\t") for line in out.splitlines()).get(queue, -1))
+
     # Life
 
     def wait_until_running(self) -> None:
@@ -197,7 +205,7 @@ class Machine:
 @contextmanager
 def booted(release: str, image: Path, directory: Path) -> Iterator[Machine]:
     """Boot an image. To be called in the main thread: the death signal follows the thread."""
-    name = f"taskd-test-{release}-{os.getpid()}"
+    name = f"taskd-test-{release}-{os.getpid()}-{next(_boots)}"
     console = directory / f"{release}.console"
     nspawn = [
         "systemd-nspawn",

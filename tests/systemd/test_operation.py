@@ -18,11 +18,6 @@ tasks = echo
 SECRET = "p@ss/w0rd%that:nobody sees"  # every character that means something in a URL
 
 
-def messages(machine: Machine, queue: str) -> int:
-    out = machine.run("rabbitmqctl", "--quiet", "list_queues", "name", "messages").out
-    return int(dict(line.split("\t") for line in out.splitlines()).get(queue, -1))
-
-
 def test_it_is_ready_without_rabbitmq_and_works_once_that_is_up(
     taskd: Taskd, rabbitmq: Machine
 ) -> None:
@@ -30,7 +25,7 @@ def test_it_is_ready_without_rabbitmq_and_works_once_that_is_up(
     taskd.until_status("^(?!.*queue rabbit)")
     taskd.ctl("pause", "rabbit")
     jobs = [taskd.submit("echo", words="waited") for _ in range(3)]
-    wait_until(lambda: messages(rabbitmq, "rabbit") == 3, 60)
+    wait_until(lambda: rabbitmq.messages("rabbit") == 3, 60)
     rabbitmq.sh("systemctl stop taskd rabbitmq-server")
 
     taskd.machine.sh("systemctl start taskd")  # returns when it is ready
@@ -39,7 +34,7 @@ def test_it_is_ready_without_rabbitmq_and_works_once_that_is_up(
     rabbitmq.sh("systemctl start rabbitmq-server")
     for job in jobs:
         assert taskd.until(job, limit=90)["state"] == "succeeded"
-    assert messages(rabbitmq, "rabbit") == 0
+    wait_until(lambda: rabbitmq.messages("rabbit") == 0, 60)
 
 
 def test_a_stop_says_what_it_waits_for(taskd: Taskd) -> None:
@@ -59,7 +54,7 @@ def test_a_stop_says_what_it_waits_for(taskd: Taskd) -> None:
 def test_a_password_is_nowhere_but_in_its_file(taskd: Taskd, rabbitmq: Machine) -> None:
     machine = taskd.machine
     machine.run("rabbitmqctl", "--quiet", "delete_user", "taskd", check=False)
-    machine.run("rabbitmqctl", "--quiet", "add_user", "taskd", input=f"{SECRET}\n")
+    machine.run("rabbitmqctl", "--quiet", "add_user", "taskd", SECRET)
     machine.write("/etc/taskd/rabbitmq.password", f"{SECRET}\n", 0o600)
     taskd.drop_in("[Service]\nLoadCredential=rabbitmq:/etc/taskd/rabbitmq.password\n")
     queue = RABBIT.replace("guest:guest", "taskd:${credential:rabbitmq}").replace("echo", "tell")

@@ -39,6 +39,17 @@ def test_lintian_has_nothing_against_it(deb: Path) -> None:
     assert run("lintian", "--fail-on", "error,warning", "--allow-root", deb) == ""
 
 
+@pytest.mark.parametrize("page", ["taskd.8", "taskctl.1", "taskd.conf.5"])
+def test_a_manual_page_is_well_formed(page: str) -> None:
+    needs("mandoc")
+    needs("man")
+    path = ROOT / "packaging/man" / page
+    assert run("mandoc", "-T", "lint", "-W", "warning", path) == ""
+    drawn = run("man", "--warnings", "--local-file", path, MANWIDTH="80", LC_ALL="C.UTF-8")
+    assert "warning: " not in drawn
+    assert "NAME" in drawn
+
+
 def test_the_changelog_begins_with_this_version() -> None:
     first = (ROOT / "debian/changelog").read_text().splitlines()[0]
     assert first.startswith(f"taskd-service ({__version__}) ")
