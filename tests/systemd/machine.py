@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.waiting import wait_until
-from tests.systemd.package import ENVIRON
+from tests.systemd.package import APART, ENVIRON
 
 BOOT_LIMIT = 120.0
 OFF_LIMIT = 60.0
@@ -224,7 +224,7 @@ def booted(release: str, image: Path, directory: Path) -> Iterator[Machine]:
     alone = ["unshare", "--pid", "--fork", "--kill-child", "--mount", "--mount-proc", "--"]
     with console.open("wb") as output:
         process = subprocess.Popen(
-            ["unshare", "--mount", "sh", "-c", BOOT, "-", name, *lasts, *alone, *nspawn],
+            [*APART, "sh", "-c", BOOT, "-", name, *lasts, *alone, *nspawn],
             env=ENVIRON | {"SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1"},
             stdin=subprocess.DEVNULL,
             stdout=output,

@@ -19,6 +19,19 @@ CACHE = ROOT / ".cache" / "systemd"
 ENVIRON = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8", "HOME": "/nonexistent"}
 PATIENCE = 600
 
+# Runs a command where it can mount what it likes and nobody else sees it. In a chroot the root is
+# not a mount, and none of the tools below would start: so it is mounted once more, and entered.
+# Where even the root's surroundings are out of reach, /sys is at least a mount of its own.
+APART = [
+    *("unshare", "--mount", "--propagation", "unchanged", "sh", "-euc"),
+    """
+    mount --make-rprivate / 2>/dev/null || mount --make-rprivate /sys
+    mount --rbind / /sys/fs/cgroup
+    exec chroot /sys/fs/cgroup "$@"
+    """,
+    "-",
+]
+
 RELEASES = ("bookworm", "trixie")
 PACKAGES = """
     systemd systemd-sysv dbus rabbitmq-server postgresql redis-server redis-tools
@@ -116,10 +129,8 @@ def _build(target: Path) -> None:
 def _bootstrap(release: str, target: Path) -> None:
     root = target / "root"
     run(
-        # What it mounts below the root is then gone with it, and is never removed as if it were
-        # part of the cache.
-        "unshare",
-        "--mount",
+        # What it mounts below the root is gone with it, and never removed with the cache.
+        *APART,
         "mmdebstrap",
         "--mode=root",
         "--variant=minbase",
