@@ -13,7 +13,8 @@ demo: .venv/installed
 
 test: lint .venv-floor/installed
 	.venv/bin/python $(PYTEST)
-	.venv-floor/bin/python $(PYTEST) --debian
+	# What is booted runs on its own release's packages: once is enough.
+	.venv-floor/bin/python $(PYTEST) --debian --ignore=tests/systemd
 
 lint: .venv/installed-test
 	.venv/bin/ruff check

@@ -64,6 +64,14 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"on {whose}{', '.join(versions)}"
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What tests found out and somebody wants to read: record_property("told", ...)."""
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties:
+            if name == "told":
+                terminalreporter.write_line(str(value))
+
+
 def origins() -> list[Path]:
     """Where each dependency would be imported from, and where its version is told."""
     files = []

@@ -11,6 +11,7 @@ import signal
 import socket
 import uuid
 from contextlib import suppress
+from datetime import datetime, timedelta
 from pathlib import Path
 
 from taskd import journal
@@ -78,6 +79,7 @@ class Daemon:
         self._ready = False
         self._telling = False  # STATUS is to be renewed at the end of this pass
         self.trouble = ""  # why the last reload was refused
+        self.waiting = ""  # until when a stop does
         self._quitting: Timer | None = None
         self._service = service
         self._sink = sink
@@ -310,10 +312,11 @@ class Daemon:
         journal.set_level(level)
 
     def _toggle_debug(self) -> None:
-        if log.isEnabledFor(logging.DEBUG):
-            self._set_level()
-        else:
+        configured = self.config.settings.log_level
+        if not log.isEnabledFor(logging.DEBUG):
             journal.set_level("debug")
+        else:
+            journal.set_level("info" if configured == "debug" else configured)
         log.warning("log level is %s", logging.getLevelName(log.getEffectiveLevel()).lower())
 
     # The end
@@ -347,6 +350,8 @@ class Daemon:
         self.intake.hold("stopping")
         self._extend()
         self._quitting = self.loop.call_later(patience, self._stop)
+        end = datetime.now().astimezone() + timedelta(seconds=patience)
+        self.waiting = f"waits until {end:%H:%M:%S %Z}"
         self._finish()
 
     def _stop(self, *, kill: bool = False) -> None:
@@ -357,6 +362,7 @@ class Daemon:
             if self._quitting is not None:
                 self._quitting.cancel()
             self._quitting = self.loop.call_later(longest + LAST_PATIENCE, self._give_up)
+            self.waiting = "stops them and waits"
             log.info("stop: %d running jobs are stopped and handed back", self.pool.slots.taken)
         self.pool.interrupt(kill=kill)
         self._finish()
@@ -379,10 +385,11 @@ class Daemon:
         self._tell()
         if self.pool.jobs:
             return
-        if self.intake.drained():
+        if self.intake.drained() and self._server.part():
             self.loop.stop()
         else:
-            # Confirms come from the broker; there is no one event for the last of them.
+            # Confirms come from the broker, answers leave for clients; there is no one event
+            # for the last of them.
             self.loop.call_later(0.02, self._finish)
 
     def _close(self) -> None:

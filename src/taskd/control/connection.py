@@ -151,6 +151,7 @@ class Client:
         self._stage = Stage.OPEN
         self._parser = resp.Parser()
         self._calls: deque[Call] = deque()
+        self._asked_once = False
         self._asked = 0  # bytes of the requests in _calls
         self._owed = 0  # bytes of the replies there, which wait for those before them
         self._out = bytearray()
@@ -208,6 +209,13 @@ class Client:
         if self._unsubscribe is not None:
             unsubscribe, self._unsubscribe = self._unsubscribe, None
             unsubscribe()
+
+    @property
+    def expectant(self) -> bool:
+        """Whether there is a request to answer; one that has just connected is about to ask."""
+        if self._stage not in (Stage.OPEN, Stage.FINISHING):
+            return False
+        return not self._asked_once or bool(self._calls or self._out)
 
     def finish(self) -> None:
         """Take nothing more, answer what is owed, and part."""
@@ -304,6 +312,7 @@ class Client:
         name = words[0].upper().decode("ascii", "backslashreplace")
         call = Call(self, name, words[1:])
         self._calls.append(call)
+        self._asked_once = True
         self._asked += call.size
         verb = self._verbs.get(name)
         if not self.known and name not in TO_STRANGERS:

@@ -15,6 +15,9 @@ from taskd.work.pool import Pool
 
 log = logging.getLogger(__name__)
 
+# How many jobs STATUS names while a stop waits for them.
+SHOWN = 3
+
 
 class Reported(Protocol):
     """What of the daemon is reported."""
@@ -24,6 +27,7 @@ class Reported(Protocol):
     state: DaemonState
     host: str
     trouble: str  # why the last reload was refused
+    waiting: str  # until when a stop does
     pool: Pool
     intake: Intake
     recorder: Recorder
@@ -32,6 +36,8 @@ class Reported(Protocol):
 def status(daemon: Reported) -> str:
     """One line: what runs, and what is down."""
     parts = [f"{daemon.state}: {daemon.pool.slots.taken} running"]
+    if daemon.waiting:
+        parts[0] += f", {daemon.waiting} for {_held_up_by(daemon)}"
     if daemon.recorder.state is StoreState.AWAY:
         parts.append(f"store away: {daemon.recorder.status()['reason']}")
     for queue in daemon.intake.states():
@@ -42,6 +48,13 @@ def status(daemon: Reported) -> str:
     if daemon.trouble:
         parts.append(f"reload refused: {daemon.trouble}")
     return "; ".join(parts)
+
+
+def _held_up_by(daemon: Reported) -> str:
+    """The jobs that a stop waits for, as far as a line has room for them."""
+    jobs = [f"{job.task.name} {job.id}" for job in daemon.pool.jobs.values()]
+    more = f" and {len(jobs) - SHOWN} more" if len(jobs) > SHOWN else ""
+    return (", ".join(jobs[:SHOWN]) or "what is not settled yet") + more
 
 
 def info(daemon: Reported) -> dict[str, dict[str, Any]]:

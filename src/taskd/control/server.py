@@ -29,6 +29,8 @@ BACKLOG = 512
 BURST = 64
 # After accept(2) failed, out of descriptors: the listener stays readable, and would make us spin.
 PAUSE = 1.0
+# How long the last clients may take to ask and to be answered.
+FAREWELL = 1.0
 
 
 class Server:
@@ -55,6 +57,7 @@ class Server:
         self._own: dict[Path, tuple[int, int]] = {}  # device and inode of what we bound
         self._clients: set[Client] = set()
         self._strangers = 0  # clients over TCP
+        self._parting: float | None = None  # until when
         self.held = 0  # bytes that all clients make us hold
         self._last_id = 0
         for listener in listeners:
@@ -88,6 +91,25 @@ class Server:
             listener.close()
             raise
 
+    def part(self) -> bool:
+        """Take nobody in any more; True once those who are here have their answers.
+
+        To be called until it is True, which is soon. In a socket that systemd keeps, whoever
+        comes from now on waits for the next daemon.
+        """
+        if self._parting is None:
+            self._parting = self._loop.now() + FAREWELL
+            for fd in self._listeners:
+                with suppress(KeyError):  # pausing
+                    self._loop.remove_handler(fd)
+        expectant = False
+        for client in list(self._clients):
+            if client.expectant:
+                expectant = True
+            else:
+                client.finish()
+        return not expectant or self._loop.now() >= self._parting
+
     def close(self) -> None:
         """Stop listening and part from all clients; answers given so far are still sent.
 
@@ -100,7 +122,7 @@ class Server:
                     path.unlink()
         self._own.clear()
         for fd, listener in self._listeners.items():
-            with suppress(KeyError):  # pausing
+            with suppress(KeyError):  # pausing, or parted
                 self._loop.remove_handler(fd)
             listener.close()
         self._listeners.clear()
@@ -133,7 +155,7 @@ class Server:
         self._loop.call_later(PAUSE, lambda: self._resume(fd))
 
     def _resume(self, fd: int) -> None:
-        if fd in self._listeners:
+        if fd in self._listeners and self._parting is None:
             self._loop.add_handler(fd, self._on_clients, Loop.READ)
 
     def _admit(self, sock: socket.socket, peer: str) -> None:
