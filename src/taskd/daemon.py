@@ -97,6 +97,11 @@ class Daemon:
         self.recorder = Recorder(
             self.loop, config.settings.store, daemon_id=daemon_id, on_state=self._on_store
         )
+        if not self.recorder.private:
+            # Nothing yet tells a daemon whose job a row is, so two could run the same one.
+            raise ValueError(
+                "store: a database that daemons share is not supported yet; use SQLite"
+            )
         # Under systemd the unit's cgroup ends what we leave behind.
         notify_directory = config.settings.control.parent / "notify"
         guardian = None
