@@ -1,7 +1,7 @@
 # Two commands matter: `make demo` shows real work done, `make test` passes every test.
 # Each first installs what this machine lacks (.ci/provision, .ci/venv).
 
-.PHONY: demo test lint bench clean provision-demo provision-test
+.PHONY: demo test test-booted lint bench clean provision-demo provision-test provision-booted
 .NOTPARALLEL:
 
 # Two workers a processor, since tests wait more than they compute. Tests that may not run beside
@@ -12,9 +12,12 @@ demo: .venv/installed
 	packaging/examples/demo
 
 test: lint .venv-floor/installed
-	.venv/bin/python $(PYTEST)
-	# What is booted runs on its own release's packages: once is enough.
+	.venv/bin/python $(PYTEST) --ignore=tests/systemd
 	.venv-floor/bin/python $(PYTEST) --debian --ignore=tests/systemd
+
+# The .deb on booted Debian 12 and 13: root, ten minutes, and a quiet machine.
+test-booted: .venv/installed-test | provision-booted
+	.venv/bin/python -m pytest -n 2 --dist loadgroup tests/systemd
 
 lint: .venv/installed-test
 	.venv/bin/ruff check
@@ -34,6 +37,9 @@ provision-demo:
 
 provision-test:
 	.ci/provision demo test
+
+provision-booted:
+	.ci/provision demo test booted
 
 .venv/installed: pyproject.toml | provision-demo
 	.ci/venv newest .venv
