@@ -6,7 +6,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 
@@ -64,7 +64,7 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"on {whose}{', '.join(versions)}"
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+def pytest_terminal_summary(terminalreporter: Any) -> None:
     """What tests found out and somebody wants to read: record_property("told", ...)."""
     for report in terminalreporter.getreports("passed"):
         for name, value in report.user_properties:
