@@ -5,10 +5,13 @@ import importlib.util
 import os
 import shutil
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+
+from tests.support.rabbitmq import Node, shared_node
 
 # Distribution and module, as they differ.
 RUNS_ON = {
@@ -80,3 +83,26 @@ def origins() -> list[Path]:
         files.append(Path(spec.origin) if spec and spec.origin else Path(module))
         files.append(Path(str(importlib.metadata.distribution(distribution).locate_file(module))))
     return files
+
+
+# One RabbitMQ for the whole run, a vhost for each worker. Here, and not in the folders that use
+# it: a process with two of these fixtures would wait for itself at the end.
+
+
+@pytest.fixture(scope="session")
+def rabbitmq(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
+    """A server shared with the other workers: not to be stopped, nor its limits changed."""
+    needs("rabbitmq-server")
+    here = tmp_path_factory.getbasetemp()
+    # Workers of pytest-xdist have directories side by side.
+    meeting: Path = here.parent if "PYTEST_XDIST_WORKER" in os.environ else here
+    with shared_node(meeting) as node:
+        yield node
+
+
+@pytest.fixture(scope="session")
+def vhost(rabbitmq: Node) -> str:
+    """A vhost that only this process uses: all of its connections may be closed."""
+    name = f"vhost-{os.getpid()}"
+    rabbitmq.add_vhost(name)
+    return name
