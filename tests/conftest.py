@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import pytest
 
 from tests.support.rabbitmq import Node, shared_node
+from tests.support.sharing import Meeting
 
 # Distribution and module, as they differ.
 RUNS_ON = {
@@ -85,19 +86,23 @@ def origins() -> list[Path]:
     return files
 
 
-# One RabbitMQ for the whole run, a vhost for each worker. Here, and not in the folders that use
-# it: a process with two of these fixtures would wait for itself at the end.
+# One server of each kind for the whole run; of RabbitMQ's a vhost for each worker.
 
 
 @pytest.fixture(scope="session")
-def rabbitmq(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
-    """A server shared with the other workers: not to be stopped, nor its limits changed."""
-    needs("rabbitmq-server")
+def meeting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Meeting]:
+    """Where the servers are that are shared with the other workers: not to be stopped."""
     here = tmp_path_factory.getbasetemp()
     # Workers of pytest-xdist have directories side by side.
-    meeting: Path = here.parent if "PYTEST_XDIST_WORKER" in os.environ else here
-    with shared_node(meeting) as node:
-        yield node
+    with Meeting(here.parent if "PYTEST_XDIST_WORKER" in os.environ else here) as meeting:
+        yield meeting
+
+
+@pytest.fixture(scope="session")
+def rabbitmq(meeting: Meeting) -> Node:
+    """A server shared with the other workers: not to be stopped, nor its limits changed."""
+    needs("rabbitmq-server")
+    return shared_node(meeting)
 
 
 @pytest.fixture(scope="session")

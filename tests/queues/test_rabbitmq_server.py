@@ -20,7 +20,9 @@ GUEST = """
 import json, sys
 from pathlib import Path
 from tests.support.rabbitmq import shared_node
-with shared_node(Path(sys.argv[1])) as node:
+from tests.support.sharing import Meeting
+with Meeting(Path(sys.argv[1])) as meeting:
+    node = shared_node(meeting)
     ports = [node.port, *(int(node.environment[name]) for name in sys.argv[2:])]
     print(json.dumps([node.name, *ports]), flush=True)
     sys.stdin.read()

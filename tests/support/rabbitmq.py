@@ -7,8 +7,6 @@ that outlives everything. Both carry PR_SET_PDEATHSIG, so that a killed test run
 
 import contextlib
 import ctypes
-import fcntl
-import json
 import os
 import secrets
 import shutil
@@ -21,6 +19,9 @@ import urllib.parse
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+
+from tests.support.sharing import Meeting
 
 SCRIPTS = Path("/usr/lib/rabbitmq/bin")
 PATIENCE = 60.0
@@ -202,6 +203,10 @@ class RabbitServer:
 
     # Use
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        return asdict(self.node)
+
     def url(self, vhost: str = "/", *, user: str = "guest", password: str = "guest") -> str:
         return self.node.url(vhost, user=user, password=password)
 
@@ -282,39 +287,10 @@ def running_server(
         server.close()
 
 
-@contextlib.contextmanager
-def shared_node(meeting: Path) -> Iterator[Node]:
-    """One server for all processes that name the same directory.
+def shared_node(meeting: Meeting) -> Node:
+    """The one server of all who meet: starting one takes eight seconds of a processor."""
 
-    Starting one takes eight seconds of a processor. Whoever comes first starts it, and ends it
-    when the last one has gone.
-    """
-    state = meeting / "rabbitmq.json"
-    with (meeting / "rabbitmq.users").open("w") as users:
-        server = None
-        with _locked(meeting):
-            if not state.exists():
-                server = RabbitServer(directory=Path(tempfile.mkdtemp(dir=meeting)))
-                try:
-                    state.write_text(json.dumps(asdict(server.start().node)))
-                except BaseException:
-                    server.close()
-                    raise
-            node = Node(**json.loads(state.read_text()))
-            fcntl.flock(users, fcntl.LOCK_SH)
-        try:
-            yield node
-        finally:
-            fcntl.flock(users, fcntl.LOCK_UN)
-            if server is not None:
-                with _locked(meeting):
-                    state.unlink()
-                fcntl.flock(users, fcntl.LOCK_EX)
-                server.close()
+    def make() -> RabbitServer:
+        return RabbitServer(directory=Path(tempfile.mkdtemp(dir=meeting.directory)))
 
-
-@contextlib.contextmanager
-def _locked(meeting: Path) -> Iterator[None]:
-    with (meeting / "rabbitmq.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+    return Node(**meeting.join("rabbitmq", make))

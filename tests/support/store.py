@@ -26,14 +26,22 @@ LOCK_WAIT = 0.1
 class Store:
     """`with Store(path) as store:` starts a recorder inside, and closes it."""
 
-    def __init__(self, path: Path, *, lock_wait: float = LOCK_WAIT) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        url: str | None = None,
+        daemon_id: str = "me",
+        lock_wait: float = LOCK_WAIT,
+    ) -> None:
+        """`url`: of a store that is not the file at `path`."""
         self.path = path
         self.loop = Loop()
         self.said: list[tuple[StoreState, str]] = []
         self.recorder = Recorder(
             self.loop,
-            f"sqlite:///{path}",
-            daemon_id="me",
+            url or f"sqlite:///{path}",
+            daemon_id=daemon_id,
             on_state=lambda state, reason: self.said.append((state, reason)),
             lock_wait=lock_wait,
         )

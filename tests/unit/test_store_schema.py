@@ -153,4 +153,4 @@ def test_the_tables_can_be_said_in_the_other_databases_words() -> None:
     maria = str(sa.schema.CreateTable(schema.jobs).compile(dialect=mysql.dialect()))
     assert "submitted_at DATETIME(6) NOT NULL DEFAULT (utc_timestamp(6))" in maria
     assert "payload LONGBLOB" in maria
-    assert "COLLATE utf8mb4_bin" in maria
+    assert "COLLATE utf8mb4_nopad_bin" in maria

@@ -201,7 +201,7 @@ def test_claiming_among_very_many_finished_rows_is_a_walk_along_one_index(table:
 def test_a_released_job_can_be_claimed_again(table: Table) -> None:
     table.write(queued("1"), queued("2"))
     assert table.claim() == ["1", "2"]
-    statements.release(table.connection, claims={"1": 0})
+    statements.release(table.connection, claims={"1": 0}, daemon_id="me")
     assert table.claim() == ["1"]
 
 
@@ -211,13 +211,13 @@ def test_a_release_that_comes_after_the_next_claim_does_not_undo_it(table: Table
     # Its attempt was interrupted, which released it, and it was claimed anew.
     table.write(Write({"id": "1", "state": JobState.QUEUED, "attempt": 1, "claimed_by": None}))
     assert table.claim() == ["1"]
-    statements.release(table.connection, claims={"1": 0})
+    statements.release(table.connection, claims={"1": 0}, daemon_id="me")
     assert table.claim() == []
 
 
 def test_a_running_job_is_not_released(table: Table) -> None:
     table.write(started("1", claimed_by="me", attempt=1))
-    statements.release(table.connection, claims={"1": 1})
+    statements.release(table.connection, claims={"1": 1}, daemon_id="me")
     assert table.one("1")["claimed_by"] == "me"
 
 

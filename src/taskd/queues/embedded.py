@@ -231,7 +231,7 @@ class EmbeddedQueue:
 
     def _give_back(self) -> None:
         claims = dict(self._back)
-        question = partial(statements.release, claims=claims)
+        question = partial(statements.release, claims=claims, daemon_id=self._recorder.daemon_id)
         self._recorder.ask(question, partial(self._on_released, claims))
 
     def _on_released(self, claims: dict[str, int], answer: StoreAway | None) -> None:

@@ -28,11 +28,14 @@ class Write:
 
     `job` always has `id`, `attempt` always `job_id` and `attempt`. An attempt's row is made if
     it is missing, the job's only if `new`. `payload` is written with a row's first INSERT alone.
+    On a shared store it is written if no other daemon has the job, or, with `ours`, only if this
+    one still has it.
     """
 
     job: Values
     attempt: Values | None = None
     new: bool = False
+    ours: bool = False
 
 
 class Row(NamedTuple):
@@ -76,10 +79,20 @@ class Statement(NamedTuple):
 class Writer:
     """Writes rows, in the dialect of one database."""
 
-    def __init__(self, dialect: Dialect, convert: Mapping[type, Callable[[Any], Any]]) -> None:
-        """`convert`: by type, what a value becomes before the driver is given it."""
+    def __init__(
+        self,
+        dialect: Dialect,
+        convert: Mapping[type, Callable[[Any], Any]],
+        *,
+        shared: bool = False,
+    ) -> None:
+        """`convert`: by type, what a value becomes before the driver is given it.
+
+        `shared`: whether others write too. A new job's row must then not be there.
+        """
         self._dialect = dialect
         self._convert = convert
+        self._shared = shared
         self._statements: dict[tuple[str, bool, tuple[str, ...]], Statement | None] = {}
 
     def write(self, connection: Connection, rows: Iterable[Row]) -> None:
@@ -168,9 +181,17 @@ class Writer:
     def _statement(self, row: Row) -> Statement | None:
         key = row.table.name, row.new, tuple(row.values)
         if key not in self._statements:
-            make = upsert if row.new else update
+            make = (
+                update if not row.new else insert if self._shared and row.table is jobs else upsert
+            )
             self._statements[key] = make(row.table, list(row.values), self._dialect)
         return self._statements[key]
+
+
+def insert(table: sa.Table, columns: list[str], dialect: Dialect) -> Statement:
+    """Inserts a row that must not be there."""
+    values: dict[str, Any] = {name: sa.bindparam(name) for name in columns}
+    return _compiled(sa.insert(table).values(values), dialect)
 
 
 def upsert(table: sa.Table, columns: list[str], dialect: Dialect) -> Statement:

@@ -2,10 +2,11 @@
 
 An error is either the data's (this row will never be accepted) or the weather's (it may work
 later). SQLite's own needs are here as well: the modes of its files, one daemon a file, and
-transactions that begin when we say so.
+transactions that begin when we say so. Those of the servers are in server.py.
 """
 
 import fcntl
+import math
 import os
 import sqlite3
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from sqlalchemy.pool import NullPool
 
 from taskd.errors import StoreAway
 from taskd.states import AttemptState, JobState
+from taskd.store import server
 from taskd.store.schema import cleaned, stamp
 
 FILE_MODE = 0o660
@@ -34,7 +36,9 @@ WEATHER = (exc.DBAPIError, sqlite3.Error, OSError, StoreAway)
 def refused(error: BaseException) -> bool:
     """Whether the database refused what it was given, as data."""
     if isinstance(error, exc.DBAPIError):
-        return isinstance(
+        if error.connection_invalidated:
+            return False
+        return server.refused(error) or isinstance(
             error, exc.DataError | exc.IntegrityError | exc.ProgrammingError | exc.InterfaceError
         )
     return isinstance(error, exc.StatementError | OverflowError | ValueError)
@@ -74,7 +78,8 @@ class Database:
             AttemptState: str,
         }
         self._file = File(_path(parsed)) if self.private and _path(parsed) else None
-        self._engine = sa.create_engine(parsed, poolclass=NullPool, future=True)
+        options = {} if self.private else server.engine_options(parsed)
+        self._engine = sa.create_engine(parsed, poolclass=NullPool, future=True, **options)
         self.dialect = self._engine.dialect
         self._connection: Connection | None = None
         self._until = 0.0
@@ -83,6 +88,9 @@ class Database:
             self.convert[datetime] = stamp
             event.listen(self._engine, "connect", self._on_connect)
             event.listen(self._engine, "begin", self._on_begin)
+        else:
+            event.listen(self._engine, "connect", self._on_session)
+            event.listen(self._engine, "before_cursor_execute", self._on_execute)
 
     def connect(self) -> bool:
         """Connect, unless we are. Whether this is a new connection."""
@@ -93,6 +101,7 @@ class Database:
             return False
         if self._file is not None:
             self._file.open()
+        self._until = math.inf
         self._connection = self._engine.connect()
         return True
 
@@ -123,7 +132,25 @@ class Database:
             raw: Any = self._connection.connection.dbapi_connection
             raw.execute(f"PRAGMA busy_timeout = {int(wait * 1000)}")
         with self._connection.begin():
+            if not self.private:
+                left = until - self._clock()
+                limits = server.limits(self.dialect.name, call=left, lock=self._lock_wait)
+                self._connection.exec_driver_sql(limits)
             yield self._connection
+
+    def _on_session(self, raw: Any, record: object) -> None:
+        try:
+            with raw.cursor() as cursor:
+                cursor.execute(server.session(self.dialect.name))
+            raw.commit()
+        except BaseException:
+            raw.close()  # the pool forgets it
+            raise
+
+    def _on_execute(self, *_: object) -> None:
+        # The server's limit is for each statement, and a transaction has many.
+        if self._clock() > self._until:
+            raise StoreAway("it took too long")
 
     def _on_begin(self, connection: Connection) -> None:
         connection.exec_driver_sql("BEGIN IMMEDIATE" if self._writes else "BEGIN")

@@ -24,10 +24,12 @@ from sqlalchemy.engine import Connection
 from taskd.errors import StoreAway
 from taskd.kernel.loop import Loop
 from taskd.states import StoreState
-from taskd.store import statements
-from taskd.store.batch import Write, Writer, fold
+from taskd.store import fence, statements
+from taskd.store.batch import Row, Write, Writer, fold
 from taskd.store.database import WEATHER, Database, reason, refused
+from taskd.store.question import writes
 from taskd.store.schema import prepare
+from taskd.store.server import collided
 
 __all__ = ["Recorder", "Write"]
 
@@ -35,6 +37,8 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Then = Callable[[], None]
+# What is to be written, what is called once it is durable, and what if the job was not ours.
+Waiting = tuple[Write, Then | None, Then | None]
 
 # So that a long absence does not end in a transaction without end.
 BATCH_MOST = 1000
@@ -46,6 +50,8 @@ GRACE = 5.0
 FIRST_PAUSE = 0.1
 LONGEST_PAUSE = 5.0
 LAST_PAUSE = 0.1  # between tries when the daemon stops
+TRIES = 3  # of a batch that collides with another daemon's
+NONE: frozenset[str] = frozenset()
 
 
 class _Ask(Generic[T]):
@@ -86,19 +92,21 @@ class Recorder:
         self._on_state = on_state
         self._database = Database(url, clock=loop.now, lock_wait=lock_wait)
         self.private = self._database.private
-        self._writer = Writer(self._database.dialect, self._database.convert)
+        self._writer = Writer(
+            self._database.dialect, self._database.convert, shared=not self.private
+        )
         self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
         # Gathered during a pass of the loop.
-        self._new_writes: list[tuple[Write, Then | None]] = []
+        self._new_writes: list[Waiting] = []
         self._new_asks: list[_Ask[Any]] = []
         self._gathering = False
         # Handed over, under the condition.
         self._condition = threading.Condition()
-        self._in_writes: list[tuple[Write, Then | None]] = []
+        self._in_writes: list[Waiting] = []
         self._in_asks: list[_Ask[Any]] = []
         self._closing: float | None = None  # when the patience ends
         # The thread's own.
-        self._writes: deque[tuple[Write, Then | None]] = deque()
+        self._writes: deque[Waiting] = deque()
         self._asks: deque[_Ask[Any]] = deque()  # those that write
         self._reads: deque[_Ask[Any]] = deque()
         self._recovered = not self.private
@@ -115,10 +123,16 @@ class Recorder:
     def start(self) -> None:
         self._thread.start()
 
-    def write(self, write: Write, then: Then | None = None) -> None:
-        """Record; `then` is called on the loop once it is durable."""
+    def write(
+        self, write: Write, then: Then | None = None, *, otherwise: Then | None = None
+    ) -> None:
+        """Record; `then` is called on the loop once it is durable.
+
+        On a shared store `otherwise` is called in its place if another daemon has the job, and
+        then nothing was written.
+        """
         self.pending += 1
-        self._new_writes.append((write, then))
+        self._new_writes.append((write, then, otherwise))
         self._gather()
 
     def ask(
@@ -176,11 +190,12 @@ class Recorder:
             self._condition.notify()
         self._new_writes, self._new_asks = [], []
 
-    def _on_durable(self, writes: list[tuple[Write, Then | None]]) -> None:
+    def _on_durable(self, writes: list[Waiting], out: frozenset[str]) -> None:
         self.pending -= len(writes)
-        for _, then in writes:
-            if then is not None:
-                then()
+        for write, then, otherwise in writes:
+            call = otherwise if out and write.job["id"] in out else then
+            if call is not None:
+                call()
 
     def _on_change(self, state: StoreState, reason: str) -> None:
         self.state = state
@@ -206,7 +221,7 @@ class Recorder:
             while True:
                 self._writes += self._in_writes
                 for ask in self._in_asks:
-                    (self._asks if statements.writes(ask.question) else self._reads).append(ask)
+                    (self._asks if writes(ask.question) else self._reads).append(ask)
                 self._in_writes, self._in_asks = [], []
                 patience = self._patience()
                 if self._closing is not None:
@@ -235,13 +250,13 @@ class Recorder:
         if self._loop.now() >= self._next_try:
             try:
                 self._connect(self._loop.now() + CALL_LIMIT)
-                durable = self._commit()
+                durable, out = self._commit()
             except WEATHER as error:
                 self._on_weather(error)
             else:
                 self._on_fair()
                 if durable:
-                    self._loop.add_callback(partial(self._on_durable, durable))
+                    self._loop.add_callback(partial(self._on_durable, durable, out))
                 self._give_up()
                 if asks := [self._asks.popleft() for _ in range(min(len(self._asks), TOGETHER))]:
                     self._put(asks, writes=True)
@@ -265,21 +280,25 @@ class Recorder:
                 self.recovered = statements.recover(connection)
             self._recovered = True
 
-    def _commit(self) -> list[tuple[Write, Then | None]]:
-        """Write the first batch of what waits, and tell what has become durable."""
+    def _commit(self) -> tuple[list[Waiting], frozenset[str]]:
+        """Write the first batch of what waits. What was in it, and the ids of those jobs in it
+        that are another daemon's."""
         batch = list(islice(self._writes, BATCH_MOST))
         if not batch:
-            return batch
-        until = self._loop.now() + CALL_LIMIT
-        rows = fold(write for write, _ in batch)
-        try:
-            with self._transaction(writes=True, until=until) as connection:
-                self._writer.write(connection, rows)
-        except Exception as error:
-            if not refused(error):
-                raise
-            with self._transaction(writes=True, until=until) as connection:
-                said = self._writer.write_singly(connection, rows)
+            return batch, NONE
+        rows = fold(write for write, _, _ in batch)
+        tries = 1 if self.private else TRIES
+        for left in reversed(range(tries)):
+            try:
+                _, out = self._write(batch, rows, self._writer.write)
+                break
+            except Exception as error:
+                # Somebody put in one of these rows since we looked, or held one that we need.
+                if left and (refused(error) or collided(error)):
+                    continue
+                if not refused(error):
+                    raise
+            said, out = self._write(batch, rows, self._writer.write_singly)
             self._unrecordable += len(said)
             for sentence in said:
                 self._loop.add_callback(partial(log.error, "store: %s", sentence))
@@ -287,7 +306,18 @@ class Recorder:
             self._writes.popleft()
         self._commits += 1
         self._rows += len(rows)
-        return batch
+        return batch, out
+
+    def _write(
+        self, batch: list[Waiting], rows: list[Row], write: Callable[[Connection, list[Row]], T]
+    ) -> tuple[T, frozenset[str]]:
+        out = NONE
+        until = self._loop.now() + CALL_LIMIT
+        with self._transaction(writes=True, until=until) as connection:
+            if not self.private:
+                firsts = (each for each, _, _ in batch)
+                rows, out = fence.divide(connection, firsts, rows, self.daemon_id)
+            return write(connection, rows), out
 
     def _put(self, asks: list[_Ask[Any]], *, writes: bool) -> None:
         """Put questions in one transaction. One that only reads needs no lock, and may be

@@ -13,7 +13,8 @@ what SQLAlchemy, Django and SQLite's own datetime() write. ISO 8601 with `T`, `Z
 understood where a front end writes it.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -27,6 +28,8 @@ from taskd.errors import StoreAway
 from taskd.states import FINAL, JobState
 
 EPOCH = datetime(1970, 1, 1)
+_LOCK = int.from_bytes(b"taskd", "big")
+_LOCK_WAIT = 10  # seconds
 WAITING = (JobState.QUEUED, JobState.RETRYING)
 
 
@@ -92,6 +95,9 @@ class _UtcNow(FunctionElement):  # type: ignore[type-arg]  # 1.4 has no paramete
     name = "utc_now"
 
 
+utc_now: Any = _UtcNow()
+
+
 @compiles(_UtcNow)
 def _standard_now(element: Any, compiler: Any, **options: Any) -> str:
     return "timezone('utc', now())"
@@ -117,11 +123,16 @@ def _variants(standard: Any, *, mysql_type: Any, sqlite_type: Any = None) -> Any
 _MOMENT = _variants(sa.DateTime(), mysql_type=mysql.DATETIME(fsp=6), sqlite_type=_Stamp())  # type: ignore[no-untyped-call]
 _BINARY = _variants(sa.LargeBinary(), mysql_type=mysql.LONGBLOB(), sqlite_type=_Bytes())
 _TEXT = _variants(sa.Text(), mysql_type=mysql.MEDIUMTEXT())
-# MariaDB compares text without regard to case unless told otherwise: job `a` would be job `A`.
+# MariaDB compares text without regard to case and to spaces at its end unless told otherwise:
+# job `a` would be job `A`.
 _OPTIONS: dict[str, Any] = {
     f"{dialect}_{option}": value
     for dialect in ("mysql", "mariadb")
-    for option, value in (("charset", "utf8mb4"), ("collate", "utf8mb4_bin"), ("engine", "InnoDB"))
+    for option, value in (
+        ("charset", "utf8mb4"),
+        ("collate", "utf8mb4_nopad_bin"),
+        ("engine", "InnoDB"),
+    )
 }
 
 
@@ -152,7 +163,7 @@ jobs = sa.Table(
     sa.Column("state", sa.String(16), nullable=False, server_default=JobState.QUEUED.value),
     sa.Column("attempt", sa.Integer, nullable=False, server_default="0"),
     sa.Column("payload", _BINARY),
-    sa.Column("submitted_at", _MOMENT, nullable=False, server_default=_UtcNow()),
+    sa.Column("submitted_at", _MOMENT, nullable=False, server_default=utc_now),
     sa.Column("priority", sa.Integer, nullable=False, server_default="0"),
     sa.Column("run_after", _MOMENT),
     sa.Column("progress", sa.Float(53)),
@@ -175,6 +186,18 @@ attempts = sa.Table(
     sa.Column("attempt", sa.Integer, primary_key=True, autoincrement=False),
     sa.Column("state", sa.String(16), nullable=False),
     *_outcome(),
+    **_OPTIONS,
+)
+
+# One row each running daemon of a shared store: leases.py. Empty on a private one.
+daemons = sa.Table(
+    "daemons",
+    metadata,
+    sa.Column("id", sa.String(255), primary_key=True),
+    sa.Column("host", sa.String(255), nullable=False),
+    sa.Column("pid", sa.Integer, nullable=False),
+    sa.Column("started_at", _MOMENT, nullable=False, server_default=utc_now),
+    sa.Column("lease_until", _MOMENT, nullable=False),
     **_OPTIONS,
 )
 
@@ -217,10 +240,29 @@ for _dialect, _columns in (
     _index: Any = sa.DDL(f"CREATE INDEX jobs_waiting ON jobs {_columns}")  # type: ignore[no-untyped-call]
     sa.event.listen(jobs, "after_create", _index.execute_if(dialect=_dialect))
 
+# What a dead daemon had is looked for by the others. Nobody looks on a private store.
+_claims = "CREATE INDEX IF NOT EXISTS jobs_claimed ON jobs (claimed_by)"
+_CLAIMS = {
+    "postgresql": f"{_claims} WHERE claimed_by IS NOT NULL",
+    "mysql": _claims,
+    "mariadb": _claims,
+}
+for _dialect, _sql in _CLAIMS.items():
+    _index = sa.DDL(_sql)  # type: ignore[no-untyped-call]
+    sa.event.listen(jobs, "after_create", _index.execute_if(dialect=_dialect))
+
 Migration = Callable[[Connection], None]
 
-# MIGRATIONS[0] takes a database from version 1 to version 2, and so on.
-MIGRATIONS: tuple[Migration, ...] = ()
+
+def _add_daemons(connection: Connection) -> None:
+    daemons.create(connection, checkfirst=True)
+    if connection.dialect.name in _CLAIMS:
+        connection.exec_driver_sql(_CLAIMS[connection.dialect.name])
+
+
+# MIGRATIONS[0] takes a database from version 1 to version 2, and so on. MariaDB commits each
+# change of a table by itself, so that a step may find a part of its work done.
+MIGRATIONS: tuple[Migration, ...] = (_add_daemons,)
 
 
 def prepare(connection: Connection, *, migrations: Sequence[Migration] = MIGRATIONS) -> None:
@@ -229,18 +271,46 @@ def prepare(connection: Connection, *, migrations: Sequence[Migration] = MIGRATI
     Raises StoreAway where the tables are of a newer taskd.
     """
     newest = 1 + len(migrations)
-    version = None
-    if sa.inspect(connection).has_table(_version.name):
-        version = connection.scalar(sa.select(_version.c.version))
-    if version is None:
-        metadata.create_all(connection)
-        connection.execute(sa.insert(_version).values(version=newest))
-    elif version > newest:
-        raise StoreAway(
-            f"the database has version {version} of the tables and this taskd knows them"
-            f" up to version {newest}: run the newer taskd, or name another database"
-        )
-    elif version < newest:
-        for migrate in migrations[version - 1 :]:
+    if _version_of(connection) == newest:
+        return
+    with _alone(connection):
+        version = _version_of(connection)
+        if version is None:
+            metadata.create_all(connection)
+            connection.execute(sa.insert(_version).values(version=newest))
+            return
+        if version > newest:
+            raise StoreAway(
+                f"the database has version {version} of the tables and this taskd knows them"
+                f" up to version {newest}: run the newer taskd, or name another database"
+            )
+        for number, migrate in enumerate(migrations[version - 1 :], version + 1):
             migrate(connection)
-        connection.execute(sa.update(_version).values(version=newest))
+            connection.execute(sa.update(_version).values(version=number))
+
+
+def _version_of(connection: Connection) -> int | None:
+    if not sa.inspect(connection).has_table(_version.name):
+        return None
+    version: int | None = connection.scalar(sa.select(_version.c.version))
+    return version
+
+
+@contextmanager
+def _alone(connection: Connection) -> Iterator[None]:
+    """Daemons that start at the same time make the tables one after the other."""
+    match connection.dialect.name:
+        case "postgresql":
+            connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_LOCK})")
+            yield
+        case "mysql" | "mariadb":
+            # Not of the transaction, which the first change of a table ends.
+            name = "concat(coalesce(database(), ''), '.taskd_schema')"
+            if connection.exec_driver_sql(f"SELECT get_lock({name}, {_LOCK_WAIT})").scalar() != 1:
+                raise StoreAway("another daemon is at the tables")
+            try:
+                yield
+            finally:
+                connection.exec_driver_sql(f"SELECT release_lock({name})")
+        case _:
+            yield

@@ -6,26 +6,28 @@ name, times as schema.py describes them. What is asked for may be anything that 
 client said: text is cleaned and limits are bounded.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cache, partial
-from typing import Any, TypeVar
+from functools import cache
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy import exc
 from sqlalchemy.engine import Connection
 
 from taskd.states import FINAL, AttemptState, JobState
-from taskd.store import schema
+from taskd.store import leases, schema
+from taskd.store.question import changes
 from taskd.store.schema import cleaned, now
 
-F = TypeVar("F", bound=Callable[..., Any])
 Row = dict[str, Any]
 
 MOST_ROWS = 10_000
 # Rows without a queue that are given theirs in one go: those that come first.
 ADOPTED_AT_ONCE = 500
+# How many times the rows that are wanted MariaDB looks at: others may have the first of them.
+AHEAD = 4
 
 _job = schema.jobs.c
 SUMMARY = [column for column in _job if column.name not in ("payload", "output_tail")]
@@ -46,19 +48,6 @@ CLAIMED: dict[str, Any] = {
 }
 
 
-_writing: set[Callable[..., Any]] = set()
-
-
-def _writes(question: F) -> F:
-    _writing.add(question)
-    return question
-
-
-def writes(question: Callable[..., Any]) -> bool:
-    """Whether it changes rows: such a question is put after all that waits is written."""
-    return (question.func if isinstance(question, partial) else question) in _writing
-
-
 @dataclass(frozen=True, slots=True)
 class Unnamed:
     """Which of the rows that name no queue are for a queue: by their task."""
@@ -70,11 +59,27 @@ class Unnamed:
 # For people and the pool
 
 
-def find(connection: Connection, *, ids: Collection[str]) -> dict[str, Row]:
-    """The rows of those jobs that are recorded, by id, without payload and output."""
+def find(
+    connection: Connection, *, ids: Collection[str], daemon_id: str | None = None
+) -> dict[str, Row]:
+    """The rows of those jobs that are recorded, by id, without payload and output.
+
+    With `daemon_id`, for a shared store, those that another daemon is running have `elsewhere`:
+    for how many seconds its lease runs on, not above 0 if it is dead.
+    """
     wanted = [cleaned(id) for id in ids]
-    rows = connection.execute(sa.select(*SUMMARY).where(_job.id.in_(wanted)))
-    return {row["id"]: dict(row) for row in rows.mappings()}
+    found = sa.select(*SUMMARY).where(_job.id.in_(wanted))
+    rows = {row["id"]: dict(row) for row in connection.execute(found).mappings()}
+    if daemon_id is not None:
+        theirs = [
+            row
+            for row in rows.values()
+            if row["state"] == JobState.RUNNING and row["claimed_by"] not in (None, daemon_id)
+        ]
+        left = leases.left(connection, {row["claimed_by"] for row in theirs}) if theirs else {}
+        for row in theirs:
+            row["elsewhere"] = left.get(row["claimed_by"], 0.0)
+    return rows
 
 
 def job(connection: Connection, *, id: str) -> Row | None:
@@ -114,7 +119,7 @@ def counts(connection: Connection) -> list[tuple[str, str | None, int]]:
     return [(state, queue, number) for state, queue, number in rows]
 
 
-@_writes
+@changes
 def cancel(connection: Connection, *, id: str) -> Row | None:
     """Cancel a job that waits and that nobody has claimed; its row as it is then, if any."""
     connection.execute(
@@ -125,7 +130,7 @@ def cancel(connection: Connection, *, id: str) -> Row | None:
     return _one(connection, sa.select(*SUMMARY), id)
 
 
-@_writes
+@changes
 def send_back(
     connection: Connection, *, id: str, queues: Mapping[str, bool]
 ) -> tuple[Row, Row] | str | None:
@@ -134,7 +139,7 @@ def send_back(
     Its row as it was and as it is; or a sentence that says why not; or None if there is no such
     job. `queues`: those there are, and whether each is the store itself.
     """
-    row = _one(connection, sa.select(schema.jobs), id)
+    row = _one(connection, sa.select(schema.jobs).with_for_update(), id)
     if row is None:
         return None
     if row["queue"] not in queues:
@@ -159,7 +164,7 @@ def send_back(
 # For the embedded queue
 
 
-@_writes
+@changes
 def enqueue(connection: Connection, *, row: Mapping[str, Any]) -> bool:
     """Put a job into the store for an embedded queue; False if its id is taken."""
     values = {
@@ -174,7 +179,7 @@ def enqueue(connection: Connection, *, row: Mapping[str, Any]) -> bool:
     return True
 
 
-@_writes
+@changes
 def claim(
     connection: Connection,
     *,
@@ -194,14 +199,16 @@ def claim(
     """
     dialect = connection.dialect.name
     if unnamed is not None:
-        mine: dict[str, Any] = {"its_queue": queue}
-        if unnamed.tasks or not unnamed.all_but:
-            mine["tasks"] = sorted(unnamed.tasks)
-        connection.execute(_adopt("tasks" in mine, unnamed.all_but), mine)
+        _name(connection, queue, unnamed)
     moment: Any = schema.stamp(now()) if dialect == "sqlite" else now()
-    given = {"its_queue": queue, "moment": moment, "room": room}
+    given: dict[str, Any] = {"its_queue": queue, "moment": moment, "room": room}
     if full:
         given["full"] = list(full)
+    if dialect in ("mysql", "mariadb"):
+        # To sort them InnoDB locks all the rows that wait, and others would find none.
+        given["room"] = AHEAD * room
+        given["first"] = list(connection.scalars(_first(bool(full)), given)) or [""]
+        given["room"] = room
     due = _due(dialect, bool(full))
     while True:
         found = [dict(row) for row in connection.execute(due, given).mappings()]
@@ -214,20 +221,21 @@ def claim(
     return rows
 
 
-@_writes
-def release(connection: Connection, *, claims: Mapping[str, int]) -> None:
+@changes
+def release(connection: Connection, *, claims: Mapping[str, int], daemon_id: str) -> None:
     """Give back claims, by job id, that were made when the row said so many attempts.
 
     A row that says more has been worked on and released since, and may be claimed anew.
     """
-    for id, attempt in claims.items():
-        connection.execute(_RELEASE, {"its_id": id, "its_attempt": attempt})
+    for id in sorted(claims):
+        mine = {"its_id": id, "its_attempt": claims[id], "its_claimer": daemon_id}
+        connection.execute(_RELEASE, mine)
 
 
 # For the daemon
 
 
-@_writes
+@changes
 def recover(connection: Connection) -> int:
     """For a private store before anything else: what the last daemon was at when it died.
 
@@ -250,7 +258,7 @@ def recover(connection: Connection) -> int:
     return found
 
 
-@_writes
+@changes
 def expire(connection: Connection, *, before: float, limit: int = 500) -> tuple[int, float | None]:
     """Delete up to `limit` jobs that finished before then, with their attempts.
 
@@ -262,9 +270,13 @@ def expire(connection: Connection, *, before: float, limit: int = 500) -> tuple[
         .where(schema.finished, ended < schema.moment(before))
         .order_by(ended)
         .limit(limit)
-        .subquery()
     )
-    old = sa.select(oldest.c.id)
+    old: Any
+    if connection.dialect.name == "sqlite":
+        old = sa.select(oldest.subquery().c.id)
+    else:
+        # Other daemons clean up too: each takes what nobody else is at.
+        old = list(connection.scalars(oldest.with_for_update(skip_locked=True)))
     connection.execute(sa.delete(schema.attempts).where(schema.attempts.c.job_id.in_(old)))
     count = connection.execute(sa.delete(schema.jobs).where(_job.id.in_(old))).rowcount
     rest = sa.select(ended).where(schema.finished, ended.is_not(None))
@@ -285,7 +297,7 @@ def _one(connection: Connection, statement: Any, id: str) -> Row | None:
 
 
 @cache
-def _due(dialect: str, some_full: bool) -> Any:
+def _due(dialect: str, some_full: bool, *, locked: bool = True) -> Any:
     """The rows that may be claimed now, in their order."""
     after: Any = _job.run_after
     kind: Any = None
@@ -296,32 +308,54 @@ def _due(dialect: str, some_full: bool) -> Any:
         after = sa.func.coalesce(sa.func.strftime("%Y-%m-%d %H:%M:%f", after), "")
         kind = sa.String()
         order = sa.literal_column("rowid")
-    rows = sa.select(*[_job[name] for name in CLAIMED])
-    if some_full:
-        rows = rows.where(_job.task.not_in(sa.bindparam("full", expanding=True)))
-    return (
-        rows.where(_job.queue == sa.bindparam("its_queue"), schema.waiting)
+    due = (
+        sa.select(*[_job[name] for name in CLAIMED])
+        .where(_job.queue == sa.bindparam("its_queue"), schema.waiting)
         .where(sa.or_(_job.run_after.is_(None), after <= sa.bindparam("moment", type_=kind)))
         .order_by(_job.priority.desc(), schema.due_since, order)
         .limit(sa.bindparam("room", type_=sa.Integer()))
-        .with_for_update(skip_locked=True)
     )
+    if some_full:
+        due = due.where(_job.task.not_in(sa.bindparam("full", expanding=True)))
+    if dialect in ("mysql", "mariadb"):
+        due = due.where(_job.id.in_(sa.bindparam("first", expanding=True)))
+        due = due.with_hint(schema.jobs, "FORCE INDEX (PRIMARY)")
+    return due.with_for_update(skip_locked=True) if locked else due
 
 
 @cache
-def _adopt(by_task: bool, all_but: bool) -> Any:
-    """Gives rows without a queue the one that they are for."""
+def _first(some_full: bool) -> Any:
+    """The ids of those that may be claimed now, without a lock on any."""
+    return _due("", some_full, locked=False).with_only_columns(_job.id)
+
+
+def _name(connection: Connection, queue: str, unnamed: Unnamed) -> None:
+    """Give rows without a queue the one that they are for."""
+    mine: dict[str, Any] = {}
+    if unnamed.tasks or not unnamed.all_but:
+        mine["tasks"] = sorted(unnamed.tasks)
+    first = _unnamed("tasks" in mine, unnamed.all_but)
+    ids: Any
+    if connection.dialect.name == "sqlite":
+        ids = sa.select(first.subquery().c.id)
+    else:
+        # Other daemons do the same: each takes what nobody else is at.
+        ids = list(connection.scalars(first.with_for_update(skip_locked=True), mine))
+        mine = {}
+        if not ids:
+            return
+    named = sa.update(schema.jobs).where(_job.id.in_(ids)).values(queue=queue)
+    connection.execute(named, mine)
+
+
+@cache
+def _unnamed(by_task: bool, all_but: bool) -> Any:
+    """Rows without a queue."""
     first = sa.select(_job.id).where(_job.queue.is_(None), schema.waiting)
     if by_task:
         tasks: Any = sa.bindparam("tasks", expanding=True)
         first = first.where(_job.task.not_in(tasks) if all_but else _job.task.in_(tasks))
-    order = _job.priority.desc(), schema.due_since
-    rows = first.order_by(*order).limit(ADOPTED_AT_ONCE).subquery()
-    return (
-        sa.update(schema.jobs)
-        .where(_job.id.in_(sa.select(rows.c.id)))
-        .values(queue=sa.bindparam("its_queue"))
-    )
+    return first.order_by(_job.priority.desc(), schema.due_since).limit(ADOPTED_AT_ONCE)
 
 
 _CLAIM = (
@@ -334,6 +368,7 @@ _RELEASE = (
     sa.update(schema.jobs)
     .where(_job.id == sa.bindparam("its_id"), _job.attempt == sa.bindparam("its_attempt"))
     .where(_job.state.in_([state.value for state in schema.WAITING]))
+    .where(_job.claimed_by == sa.bindparam("its_claimer"))
     .values(claimed_by=None)
 )
 
@@ -341,21 +376,22 @@ _RELEASE = (
 def _reject(connection: Connection, given: Mapping[str, Any], rows: Collection[Row]) -> int:
     """Reject those of `rows`, which `given` finds, that are no jobs; how many there were."""
     columns = sorted({name for row in rows for name in _unreadable(row)})
-    # By what they are not: an id that could not be read cannot be looked for either.
-    readable = [row["id"] for row in rows if not _unreadable(row)]
-    same = _due(connection.dialect.name, "full" in given).with_only_columns(_job.id).subquery()
     values = {
         "state": JobState.REJECTED.value,
         "reason": f"unreadable: {', '.join(columns)}",
         "finished_at": now(),
         "dead": True,
     }
-    return connection.execute(
-        sa.update(schema.jobs)
-        .where(_job.id.in_(sa.select(same.c.id)), _job.id.not_in(readable))
-        .values(values),
-        given,
-    ).rowcount
+    if connection.dialect.name == "sqlite":
+        # By what they are not: an id that could not be read cannot be looked for either.
+        readable = [row["id"] for row in rows if not _unreadable(row)]
+        same = _due("sqlite", "full" in given).with_only_columns(_job.id).subquery()
+        which = sa.and_(_job.id.in_(sa.select(same.c.id)), _job.id.not_in(readable))
+        return connection.execute(
+            sa.update(schema.jobs).where(which).values(values), given
+        ).rowcount
+    which = _job.id.in_([row["id"] for row in rows if _unreadable(row)])
+    return connection.execute(sa.update(schema.jobs).where(which).values(values)).rowcount
 
 
 def _unreadable(row: Row) -> list[str]:

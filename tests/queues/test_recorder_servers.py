@@ -1,0 +1,372 @@
+"""The recorder on shared stores: real PostgreSQL and MariaDB, through every driver."""
+
+import threading
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy import exc
+from sqlalchemy.engine import Connection
+
+from taskd.states import JobState, StoreState
+from taskd.store import schema, statements
+from taskd.store.recorder import Write
+from tests.support.servers import DRIVERS, SharedStore
+from tests.support.store import Store, ended, is_away, listening, queued, started
+
+
+@pytest.fixture
+def store(shared_store: SharedStore) -> Iterator[Store]:
+    with shared_store.store() as store:
+        yield store.up()
+
+
+def asks(store: Store, question: Any, **given: Any) -> Any:
+    return store.ask(partial(question, **given))
+
+
+def test_psycopg_3_is_left_out_only_where_sqlalchemy_does_not_know_it() -> None:
+    # SQLAlchemy 1.4, which Debian 12 has, does not.
+    try:
+        known = bool(sa.create_engine("postgresql+psycopg://localhost/x"))
+    except exc.NoSuchModuleError:
+        known = False
+    assert known is ("postgresql+psycopg" in DRIVERS)
+
+
+# Commits
+
+
+def test_a_job_is_recorded_from_its_start_to_its_end(
+    store: Store, shared_store: SharedStore
+) -> None:
+    payload = bytes(range(256))
+    store.write(started("grün 🙂", payload=payload, claimed_by="me", status="a\0b\udc80"))
+    row = shared_store.row("grün 🙂")
+    assert (row["state"], row["payload"], row["attempt"]) == ("running", payload, 1)
+    assert row["status"] == "a\ufffdb\ufffd"
+    end = ended("grün 🙂", output_tail=b"\0\xff'\\", cpu_seconds=0.125, memory_peak=1 << 40)
+    store.write(end)
+    row = shared_store.row("grün 🙂")
+    assert (row["state"], row["output_tail"]) == ("succeeded", b"\0\xff'\\")
+    assert (row["cpu_seconds"], row["memory_peak"]) == (0.125, 1 << 40)
+    assert row["finished_at"] == end.job["finished_at"]
+    [attempt] = shared_store.rows("SELECT * FROM attempts")
+    assert (attempt["state"], attempt["exit_code"]) == ("succeeded", 0)
+
+
+def test_a_thousand_rows_are_one_commit_and_few_packets(
+    store: Store, shared_store: SharedStore
+) -> None:
+    before = store.recorder.status()["commits"]
+    store.write(*[started(str(number), claimed_by="me") for number in range(1000)])
+    assert store.recorder.status()["commits"] == before + 1
+    start = store.loop.now()
+    store.write(*[ended(str(number)) for number in range(1000)])
+    assert store.loop.now() - start < 10
+    found = shared_store.rows("SELECT state, count(*) AS n FROM jobs GROUP BY state")
+    assert found == [{"state": "succeeded", "n": 1000}]
+
+
+def test_ids_that_differ_in_case_alone_are_two_jobs(
+    store: Store, shared_store: SharedStore
+) -> None:
+    store.write(queued("a"), queued("A"), queued("a "))
+    assert len(shared_store.rows("SELECT id FROM jobs")) == 3
+
+
+def test_a_row_refused_as_data_costs_its_column_and_stops_nobody(
+    store: Store, shared_store: SharedStore
+) -> None:
+    good = [queued(str(number)) for number in range(20)]
+    bad = queued("bad", memory_peak=1 << 70, status="fine")
+    without = Write({"id": "without", "state": JobState.REJECTED}, None, new=True)
+    store.write(*good[:10], bad, without, *good[10:])
+    assert len(shared_store.rows("SELECT id FROM jobs WHERE reason IS NULL")) == 20
+    row = shared_store.row("bad")
+    assert (row["reason"], row["memory_peak"]) == ("unrecordable: memory_peak", None)
+    assert row["status"] == "fine"
+    row = shared_store.row("without")
+    assert (row["task"], row["reason"]) == ("", "unrecordable: task")
+    assert store.recorder.state is StoreState.UP
+
+
+# Questions
+
+
+def test_every_question_is_answered(store: Store, shared_store: SharedStore) -> None:
+    shared_store.run("INSERT INTO jobs (id, task) VALUES ('theirs', 'build')")
+    assert asks(store, statements.enqueue, row={"id": "1", "task": "build", "queue": "q"})
+    assert not asks(store, statements.enqueue, row={"id": "1", "task": "build"})
+    claim = partial(statements.claim, queue="q", room=9, daemon_id="me")
+    rows = asks(store, claim, unnamed=statements.Unnamed())
+    assert sorted(row["id"] for row in rows) == ["1", "theirs"]
+    assert asks(store, claim) == []
+    asks(store, statements.release, claims={"1": 0, "theirs": 0}, daemon_id="me")
+    assert asks(store, statements.cancel, id="theirs")["state"] == "cancelled"
+    store.write(started("1", claimed_by="me"), ended("1", state=JobState.FAILED, dead=True))
+    assert [row["id"] for row in asks(store, statements.dead)] == ["1"]
+    assert asks(store, statements.job, id="1")["attempts"][0]["state"] == "succeeded"
+    found = asks(store, statements.find, ids=["1", "none", "\ud800"], daemon_id="me")
+    assert found.keys() == {"1"}
+    assert [row["id"] for row in asks(store, statements.jobs, state="failed")] == ["1"]
+    assert sorted(asks(store, statements.counts)) == [("cancelled", "q", 1), ("failed", "q", 1)]
+    was, now = asks(store, statements.send_back, id="1", queues={"q": True})
+    assert (was["state"], now["state"]) == ("failed", "queued")
+    later = schema.unix_time(schema.now()) + 60
+    assert asks(store, statements.expire, before=later) == (1, None)
+    assert asks(store, statements.counts) == [("queued", "q", 1)]
+
+
+def test_rows_are_claimed_in_their_order(store: Store, shared_store: SharedStore) -> None:
+    insert = "INSERT INTO jobs (id, task, queue, priority, run_after) VALUES "
+    shared_store.run(f"{insert} ('late', 'b', 'q', 0, '2001-01-02 00:00:00')")
+    shared_store.run(f"{insert} ('early', 'b', 'q', 0, '2001-01-01 00:00:00')")
+    shared_store.run(f"{insert} ('urgent', 'b', 'q', 1, '2001-01-03 00:00:00')")
+    shared_store.run(f"{insert} ('ahead', 'b', 'q', 9, '2900-01-01 00:00:00')")
+    claim = partial(statements.claim, queue="q", daemon_id="me")
+    assert [row["id"] for row in asks(store, claim, room=2)] == ["urgent", "early"]
+    assert asks(store, claim, room=2, full=["b"]) == []
+    assert [row["id"] for row in asks(store, claim, room=2, full=["c"])] == ["late"]
+    assert shared_store.row("urgent")["claimed_by"] == "me"
+
+
+def test_a_row_that_is_no_job_is_rejected_and_stops_nobody(
+    store: Store, shared_store: SharedStore
+) -> None:
+    shared_store.run("INSERT INTO jobs (id, task, queue) VALUES ('', 'b', 'q'), ('1', 'b', 'q')")
+    [row] = asks(store, statements.claim, queue="q", room=1, daemon_id="me")
+    assert row["id"] == "1"
+    assert shared_store.row("")["reason"] == "unreadable: id"
+
+
+# Migrations
+
+
+def test_an_older_database_is_brought_up_to_date(shared_store: SharedStore) -> None:
+    with shared_store.engine.begin() as connection:
+        schema.prepare(connection, migrations=())
+        connection.exec_driver_sql("INSERT INTO jobs (id, task) VALUES ('1', 'build')")
+    # As version 1 was.
+    with shared_store.engine.begin() as connection:
+        schema.daemons.drop(connection)
+        on = "" if shared_store.postgresql else " ON jobs"
+        connection.exec_driver_sql(f"DROP INDEX jobs_claimed{on}")
+    with shared_store.store() as store:
+        store.up()
+        assert asks(store, statements.counts) == [("queued", None, 1)]
+    assert shared_store.rows("SELECT version FROM taskd_schema") == [
+        {"version": 1 + len(schema.MIGRATIONS)}
+    ]
+    assert shared_store.rows("SELECT * FROM daemons") == []
+
+
+def test_daemons_that_start_together_make_the_tables_once(shared_store: SharedStore) -> None:
+    stores = [shared_store.store(str(number)) for number in range(6)]
+    threads = [threading.Thread(target=store.__enter__) for store in stores]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    try:
+        for store in stores:
+            store.up()
+            assert store.said == [(StoreState.UP, "")]
+    finally:
+        for store in stores:
+            store.__exit__(None, None, None)
+
+
+def test_tables_of_a_newer_taskd_are_left_alone(shared_store: SharedStore) -> None:
+    with shared_store.store() as store:
+        store.up()
+    shared_store.run("UPDATE taskd_schema SET version = 99")
+    with shared_store.store() as store:
+        assert store.away().startswith("the database has version 99 of the tables")
+
+
+# Limits
+
+
+def test_a_row_that_another_session_holds_is_waited_for_within_the_limit(
+    store: Store, shared_store: SharedStore
+) -> None:
+    store.write(started("1", claimed_by="me"), queued("2"))
+    durable: list[str] = []
+    with shared_store.locked("1"):
+        store.recorder.write(ended("1"), partial(durable.append, "1"))
+        assert "lock" in store.away().lower() or "interrupted" in store.said[-1][1]
+        assert durable == []
+    store.turn(lambda: durable)
+    assert shared_store.row("1")["state"] == "succeeded"
+    assert [state for state, _ in store.said] == ["up", "away", "up"]
+
+
+def test_a_question_without_end_is_ended_at_its_deadline(
+    store: Store, shared_store: SharedStore
+) -> None:
+    sql = "SELECT pg_sleep(60)" if shared_store.postgresql else "SELECT sleep(60)"
+
+    def endless(connection: Connection) -> Any:
+        return connection.exec_driver_sql(sql).scalar()
+
+    start = store.loop.now()
+    answer = store.ask(endless, deadline=0.3)
+    assert is_away(answer) or answer == 1  # so MariaDB says that sleep() was interrupted
+    assert store.loop.now() - start < 5
+    store.write(queued("1"))
+    assert store.said == [(StoreState.UP, "")]
+
+
+def test_many_short_statements_may_not_together_outlast_the_deadline(store: Store) -> None:
+    def endless(connection: Connection) -> None:
+        while True:
+            connection.exec_driver_sql("SELECT 1")
+
+    start = store.loop.now()
+    assert str(store.ask(endless, deadline=0.3)) == "it took too long"
+    assert store.loop.now() - start < 5
+
+
+def test_what_a_frozen_daemon_holds_is_let_go(shared_store: SharedStore) -> None:
+    # Its transaction is ended by the server; here it is read back that this is asked for.
+    with shared_store.store() as store:
+        store.up()
+        name = "idle_in_transaction_session_timeout"
+        sql = f"SHOW {name}"
+        if not shared_store.postgresql:
+            sql = "SELECT @@idle_transaction_timeout"
+        idle = store.ask(lambda connection: connection.exec_driver_sql(sql).scalar())
+        assert idle in ("15s", 15)
+
+
+# The fence
+
+
+def test_an_outcome_is_written_only_where_the_row_is_still_ours(
+    store: Store, shared_store: SharedStore
+) -> None:
+    store.write(started("mine", claimed_by="me"), started("theirs", claimed_by="other"))
+    said: list[str] = []
+    for id in "mine", "theirs", "gone":
+        end = ended(id)
+        write = Write(end.job, end.attempt, ours=True)
+        store.recorder.write(
+            write,
+            partial(said.append, f"{id} durable"),
+            otherwise=partial(said.append, f"{id} not"),
+        )
+    store.turn(lambda: len(said) == 3)
+    assert said == ["mine durable", "theirs not", "gone not"]
+    assert shared_store.row("mine")["state"] == "succeeded"
+    assert shared_store.row("theirs")["state"] == "running"
+    states = shared_store.rows("SELECT job_id, state FROM attempts ORDER BY job_id")
+    assert [row["state"] for row in states] == ["succeeded", "running"]
+
+
+def test_an_attempt_is_begun_by_one_of_many_that_try_at_once(shared_store: SharedStore) -> None:
+    many = 200
+    stores = [shared_store.store(name, lock_wait=30) for name in ("a", "b", "c")]
+    won: dict[str, list[str]] = {str(number): [] for number in range(many)}
+    lost: list[str] = []
+    try:
+        for store in stores:
+            store.__enter__().up()
+        ids = list(won)
+        for turn, store in enumerate(stores):
+            # Some are there already, and each comes to them in an order of its own.
+            order = ids if turn % 2 else ids[::-1]
+            for id in order:
+                name = store.recorder.daemon_id
+                write = started(id, claimed_by=name)
+                store.recorder.write(
+                    write, partial(won[id].append, name), otherwise=partial(lost.append, id)
+                )
+            store.loop.run_once()
+        for store in stores:
+            store.turn(lambda store=store: not store.recorder.pending)  # type: ignore[misc]
+            assert all(state == StoreState.UP for state, _ in store.said), store.said
+    finally:
+        for store in stores:
+            store.__exit__(None, None, None)
+    assert [len(names) for names in won.values()] == [1] * many
+    assert len(lost) == 2 * many
+    for row in shared_store.rows("SELECT id, claimed_by FROM jobs"):
+        assert won[row["id"]] == [row["claimed_by"]]
+
+
+def test_an_attempt_that_another_daemon_has_made_meanwhile_is_not_made_again(
+    store: Store, shared_store: SharedStore
+) -> None:
+    store.write(started("1", claimed_by="me"), ended("1"))
+    said: list[str] = []
+    again = started("1", claimed_by="me")
+    store.recorder.write(again, partial(said.append, "begun"), otherwise=partial(said.append, "no"))
+    store.turn(lambda: said)
+    assert said == ["no"]
+    second = started("1", attempt=2, claimed_by="me")
+    store.recorder.write(second, partial(said.append, "begun"))
+    store.turn(lambda: len(said) == 2)
+    assert said == ["no", "begun"]
+
+
+def test_a_commit_whose_answer_was_lost_is_not_taken_for_anothers(store: Store) -> None:
+    store.write(started("1", claimed_by="me"))
+    said: list[str] = []
+    end = ended("1")
+    write = Write(end.job, end.attempt, ours=True)
+    for word in "first", "second":
+        then = partial(said.append, word)
+        store.recorder.write(write, then, otherwise=partial(said.append, "not ours"))
+        store.turn(lambda word=word: word in said or "not ours" in said)  # type: ignore[misc]
+    assert said == ["first", "second"]
+
+
+# Claims of many
+
+
+def test_every_row_is_claimed_by_exactly_one_of_many(shared_store: SharedStore) -> None:
+    many = 300
+    stores = [shared_store.store(name) for name in ("a", "b", "c")]
+    claimed: list[tuple[str, str]] = []
+    try:
+        for store in stores:
+            store.__enter__().up()
+        stores[0].write(*[queued(str(number)) for number in range(many)])
+
+        def ask(store: Store) -> None:
+            name = store.recorder.daemon_id
+            question = partial(statements.claim, queue="q", room=7, daemon_id=name)
+            store.recorder.ask(question, partial(on_claimed, store))
+
+        def on_claimed(store: Store, rows: Any) -> None:
+            assert not is_away(rows), rows
+            claimed.extend((row["id"], store.recorder.daemon_id) for row in rows)
+            ask(store)
+
+        for store in stores:
+            ask(store)
+
+        def all_taken() -> bool:
+            for store in stores[1:]:
+                store.loop.call_later(0, lambda: None)
+                store.loop.run_once()
+            return len(claimed) >= many
+
+        stores[0].turn(all_taken)
+    finally:
+        for store in stores:
+            store.__exit__(None, None, None)
+    assert sorted(id for id, _ in claimed) == sorted(str(number) for number in range(many))
+    assert len({name for _, name in claimed}) == 3
+    for row in shared_store.rows("SELECT id, claimed_by FROM jobs"):
+        assert (row["id"], row["claimed_by"]) in claimed
+
+
+def test_a_claim_waits_for_nobody(store: Store, shared_store: SharedStore) -> None:
+    store.write(queued("1", priority=1), queued("2"))
+    with shared_store.locked("1"), listening():
+        [row] = asks(store, statements.claim, queue="q", room=1, daemon_id="me")
+        assert row["id"] == "2"
