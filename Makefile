@@ -12,7 +12,7 @@ demo: .venv/installed
 	packaging/examples/demo
 
 test: lint .venv-floor/installed
-	.venv/bin/python $(PYTEST) --ignore=tests/systemd
+	.venv/bin/python $(PYTEST) --ignore=tests/systemd --rabbitmq-of trixie
 	.venv-floor/bin/python $(PYTEST) --debian --ignore=tests/systemd
 
 # The .deb on booted Debian 12 and 13: root, ten minutes, and a quiet machine.

@@ -33,6 +33,14 @@ def needs(tool: str) -> str:
     return path or cannot_run(f"{tool} is not installed; `make test` run by root installs it")
 
 
+def needs_rabbitmq() -> None:
+    """The RabbitMQ that this run tests with."""
+    if not os.environ.get("RABBITMQ_OF"):
+        needs("rabbitmq-server")
+    elif needs("mmdebstrap") and os.geteuid() != 0:
+        cannot_run("only root can make a tree of another Debian, and run its RabbitMQ there")
+
+
 def cannot_run(reason: str) -> NoReturn:
     """Skip this test, or this module, saying why; where CI is set that is a failure."""
     if os.environ.get("CI"):
@@ -46,6 +54,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="refuse to run unless every dependency is Debian's own package",
     )
+    parser.addoption(
+        "--rabbitmq-of",
+        metavar="RELEASE",
+        default=os.environ.get("RABBITMQ_OF"),
+        help="the Debian release whose RabbitMQ is tested with (default: this machine's own)",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -56,6 +70,8 @@ def pytest_configure(config: pytest.Config) -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, AWAITED)
     elif config.getoption("dist", "no") != "no":
         signal.pthread_sigmask(signal.SIG_BLOCK, AWAITED)
+    if release := config.getoption("--rabbitmq-of"):
+        os.environ["RABBITMQ_OF"] = release  # for the processes of tests, too
     if config.getoption("--debian"):
         foreign = [str(path) for path in origins() if DEBIAN not in path.parents]
         if foreign:
@@ -65,7 +81,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_report_header(config: pytest.Config) -> str:
     versions = [f"{name} {importlib.metadata.version(name)}" for name in RUNS_ON]
     whose = "Debian's own " if config.getoption("--debian") else ""
-    return f"on {whose}{', '.join(versions)}"
+    broker = f"RabbitMQ of {config.getoption('--rabbitmq-of') or 'this machine'}"
+    return f"on {whose}{', '.join(versions)}; {broker}"
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
@@ -101,7 +118,7 @@ def meeting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Meeting]:
 @pytest.fixture(scope="session")
 def rabbitmq(meeting: Meeting) -> Node:
     """A server shared with the other workers: not to be stopped, nor its limits changed."""
-    needs("rabbitmq-server")
+    needs_rabbitmq()
     return shared_node(meeting)
 
 

@@ -100,7 +100,7 @@ def test_missing_rights_are_said_and_hold_up_only_what_needs_them(rabbit, weak):
     broker = rabbit.broker(url)
     missing = rabbit.queue(broker=broker, up=False)
     rabbit.turn(lambda: missing.state is LinkState.DOWN and "403" in missing.reason)
-    assert "ACCESS_REFUSED - access to queue" in missing.reason
+    assert "access to queue" in missing.reason
     key = rabbit.name()
     rabbit.client.queue_declare(key, durable=True)
     ours = rabbit.queue(key, broker=broker)

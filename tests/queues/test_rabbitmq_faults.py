@@ -11,7 +11,7 @@ import pytest
 
 from taskd.queues.delivery import Message
 from taskd.states import LinkState
-from tests.conftest import needs
+from tests.conftest import needs, needs_rabbitmq
 from tests.queues.rabbit import Rabbit
 from tests.support.rabbitmq import running_server
 from tests.support.turning import turn
@@ -55,7 +55,7 @@ def keys(tmp_path_factory):
 @pytest.fixture(scope="module")
 def server(tmp_path_factory, keys):
     """A server for this module alone; whoever stops it starts it again."""
-    needs("rabbitmq-server")
+    needs_rabbitmq()
     with running_server(directory=tmp_path_factory.mktemp("rabbitmq"), tls=keys) as server:
         yield server
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import needs
+from tests.conftest import needs_rabbitmq
 from tests.support.waiting import wait_until
 
 # As the kernel writes 127.0.0.1 and ::1.
@@ -31,7 +31,7 @@ with Meeting(Path(sys.argv[1])) as meeting:
 
 @pytest.fixture
 def guest(tmp_path):
-    needs("rabbitmq-server")
+    needs_rabbitmq()
     guests = []
 
     def join():

@@ -3,6 +3,9 @@
 The scripts below /usr/lib/rabbitmq are run directly: the ones in /usr/sbin want to become the
 user rabbitmq. The name server (epmd) is a child of ours too; left alone, Erlang would start one
 that outlives everything. Both carry PR_SET_PDEATHSIG, so that a killed test run takes them along.
+
+It is this machine's RabbitMQ, or, where the environment's RABBITMQ_OF names a release of Debian,
+the one of that release, run with a tree of it as its root directory.
 """
 
 import contextlib
@@ -21,16 +24,28 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.support import debian
 from tests.support.sharing import Meeting
 
 SCRIPTS = Path("/usr/lib/rabbitmq/bin")
 PATIENCE = 60.0
 _PR_SET_PDEATHSIG = 1
+# A server sees its own tree, but our processes, devices and the files of the test.
+_INSIDE = """
+tree=$1 files=/$(echo "$2" | cut -d/ -f2); shift 2
+for each in /proc /dev "$files"; do
+    mkdir -p "$tree$each"
+    mount --rbind "$each" "$tree$each"
+done
+exec chroot "$tree" "$@"
+"""
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def available() -> bool:
-    return (SCRIPTS / "rabbitmq-server").exists() and shutil.which("epmd") is not None
+def tree() -> str:
+    """The root directory of the Debian whose RabbitMQ is tested with; empty for this machine's."""
+    release = os.environ.get("RABBITMQ_OF")
+    return str(debian.image(release) / "root") if release else ""
 
 
 def free_ports(count: int) -> list[int]:
@@ -50,6 +65,14 @@ class Node:
     tls_port: int
     directory: str
     environment: dict[str, str]
+    tree: str
+
+    def command(self, script: str, *words: str) -> list[str]:
+        """The command line of one of RabbitMQ's scripts."""
+        argv = [str(SCRIPTS / script), *words]
+        if not self.tree:
+            return argv
+        return [*debian.APART, "sh", "-euc", _INSIDE, "-", self.tree, self.directory, *argv]
 
     def url(self, vhost: str = "/", *, user: str = "guest", password: str = "guest") -> str:
         quote = urllib.parse.quote
@@ -61,7 +84,7 @@ class Node:
     def ctl(self, *words: str) -> str:
         """Run rabbitmqctl and return what it printed. It takes about a second."""
         done = subprocess.run(
-            [str(SCRIPTS / "rabbitmqctl"), "--quiet", *words],
+            self.command("rabbitmqctl", "--quiet", *words),
             env=self.environment,
             cwd=self.directory,
             stdin=subprocess.DEVNULL,
@@ -104,7 +127,7 @@ class RabbitServer:
         self._epmd: subprocess.Popen[bytes] | None = None
         name = f"taskd-{os.getpid()}-{port}@localhost"
         environment = self._environment(name, distribution, ctl)
-        self.node = Node(name, port, tls_port, str(self._directory), environment)
+        self.node = Node(name, port, tls_port, str(self._directory), environment, tree())
         self._write_files(config, tls)
 
     def _environment(self, name: str, distribution: int, ctl: int) -> dict[str, str]:
@@ -167,7 +190,7 @@ class RabbitServer:
             epmd = shutil.which("epmd") or "epmd"
             self._epmd = self._spawn([epmd, "-port", str(self._epmd_port)])
             self._wait(lambda: _listens(self._epmd_port), "epmd")
-        self._server = self._spawn([str(SCRIPTS / "rabbitmq-server")])
+        self._server = self._spawn(self.node.command("rabbitmq-server"))
         self._wait(lambda: _greets(self.node.port), "RabbitMQ")
         return self
 

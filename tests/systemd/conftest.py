@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import cannot_run
+from tests.support.debian import RELEASES, image
 from tests.systemd.machine import Machine, booted, missing_tools
-from tests.systemd.package import RELEASES, image, package
+from tests.systemd.package import package
 from tests.systemd.taskd import Taskd
 
 

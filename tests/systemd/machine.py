@@ -17,8 +17,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from tests.support.debian import APART, ENVIRON
 from tests.support.waiting import wait_until
-from tests.systemd.package import APART, ENVIRON
 
 BOOT_LIMIT = 120.0
 OFF_LIMIT = 60.0

@@ -8,9 +8,9 @@ import pytest
 
 from taskd import __version__
 from tests.conftest import needs
+from tests.support.debian import ROOT, run
 from tests.support.waiting import wait_until
 from tests.systemd.machine import Machine
-from tests.systemd.package import ROOT, run
 from tests.systemd.taskd import BASIC, Taskd
 
 INSTALL = "apt-get install --yes /root/taskd.deb"
@@ -191,7 +191,7 @@ def test_no_machine_outlives_the_one_who_booted_it(signal: str, release: str, de
     script = (
         "import pathlib, sys, tempfile\n"
         "from tests.systemd.machine import booted\n"
-        "from tests.systemd.package import image\n"
+        "from tests.support.debian import image\n"
         f"name, here = {release!r}, pathlib.Path(tempfile.mkdtemp())\n"
         "with booted(name, image(name), here) as machine:\n"
         "    print(machine.outside(1), flush=True)\n"

@@ -2,8 +2,8 @@
 
 import re
 
+from tests.support.debian import ROOT
 from tests.systemd.machine import Machine
-from tests.systemd.package import ROOT
 
 
 def test_the_commands_of_the_operations_chapter_work_in_their_order(bare: Machine) -> None:

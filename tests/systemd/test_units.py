@@ -6,9 +6,9 @@ from collections.abc import Callable
 import pytest
 
 from taskd.errors import EX_CONFIG
+from tests.support.debian import ROOT
 from tests.support.waiting import wait_until
 from tests.systemd.machine import Machine
-from tests.systemd.package import ROOT
 from tests.systemd.taskd import BASIC, CONFIG, SERVICE, Taskd
 
 UNITS = (

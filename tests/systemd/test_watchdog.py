@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests.support.debian import ENVIRON
 from tests.support.waiting import wait_until
 from tests.systemd.machine import Machine
-from tests.systemd.package import ENVIRON
 from tests.systemd.taskd import BASIC, SERVICE, Taskd
 
 WATCHDOG = 2.0
