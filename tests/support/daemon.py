@@ -41,6 +41,7 @@ class Taskd:
         self.process: subprocess.Popen[bytes] | None = None
         self.notify: Receiver | None = None
         self.told: list[str] = []
+        self.prefix: list[str] = []  # a command that becomes the daemon
         self.launch = ["-m", "taskd.main", "--config", str(self.config)]
         self.pass_fds: tuple[int, ...] = ()
 
@@ -73,7 +74,7 @@ class Taskd:
         self.told.clear()
         with self.log_file.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, *self.launch],
+                [*self.prefix, sys.executable, *self.launch],
                 env=self.environ,
                 pass_fds=self.pass_fds,
                 stdin=subprocess.DEVNULL,

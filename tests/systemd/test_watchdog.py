@@ -1,6 +1,5 @@
 """The watchdog: a daemon that hangs is replaced, one that waits for a database is not."""
 
-import ctypes
 import os
 import subprocess
 from collections.abc import Callable, Iterator
@@ -8,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.support.debian import ENVIRON
+from tests.support.frozen import WALL, freeze
 from tests.support.waiting import wait_until
 from tests.systemd.machine import Machine
 from tests.systemd.taskd import BASIC, SERVICE, Taskd
@@ -15,8 +15,6 @@ from tests.systemd.taskd import BASIC, SERVICE, Taskd
 WATCHDOG = 2.0
 QUICK = f"[Service]\nWatchdogSec={WATCHDOG}\nRestartSec=100ms\n"
 RABBIT = "\n[queue:rabbit]\nurl = amqp://guest:guest@localhost/%2f\ntasks = wait\n"
-PTRACE_SEIZE, PTRACE_INTERRUPT = 0x4206, 0x4207  # sys/ptrace.h
-WALL = 0x40000000  # waitpid(2), __WALL: threads too
 PIPE = "/etc/taskd/conf.d/hang.conf"
 
 
@@ -77,15 +75,6 @@ def held(machine: Machine) -> Iterator[Callable[[], None]]:
         assert holder.stdin is not None and holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
         yield holder.stdin.close
-
-
-def freeze(thread: int) -> None:
-    """One thread of a process stands still while the others go on, as under a debugger."""
-    trace = ctypes.CDLL(None, use_errno=True).ptrace
-    trace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
-    for request in PTRACE_SEIZE, PTRACE_INTERRUPT:
-        assert trace(request, thread, None, None) == 0, os.strerror(ctypes.get_errno())
-    os.waitpid(thread, WALL)  # it has stopped
 
 
 def until_killed(thread: int) -> None:

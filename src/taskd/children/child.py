@@ -238,7 +238,8 @@ class Children:
             if isinstance(error, SpawnError):
                 raise
             # Short of descriptors, memory or room for the socket: not the command's fault.
-            raise SpawnError(f"{launch.argv[0]}: not started: {error}", passing=True) from None
+            lack = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+            raise SpawnError(f"{launch.argv[0]}: not started: {lack}", passing=True) from None
         for fd in (stdin, child_stdout, child_stderr):
             os.close(fd)
         if self._guardian is not None:
