@@ -21,7 +21,7 @@ FLOORS = (
     {"kernel"},
     {"service", "journal"},
     {"config"},
-    {"states", "errors"},
+    {"states", "errors", "points"},
 )
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 CLIENT_MAY_USE = {"ctl", "config", "errors", "states"}

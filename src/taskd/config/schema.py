@@ -194,6 +194,7 @@ class Settings:
     max_running: int = field(default=64, metadata=_option(_COUNT))
     drain_timeout: float = field(default=90.0, metadata=_option(_SPAN))
     keep_jobs: float = field(default=30 * 86400.0, metadata=_option(_LONG_SPAN))
+    crash_limit: int = field(default=3, metadata=_option(_COUNT))
     log_level: str = field(
         default="info", metadata=_option(_choice("debug", "info", "warning", "error"))
     )
@@ -273,6 +274,7 @@ class Task:
     retries: int = field(default=0, metadata=_option(_NUMBER))
     retry_delay: float = field(default=10.0, metadata=_option(_SPAN))
     retry_delay_max: float = field(default=3600.0, metadata=_option(_SPAN))
+    crash_limit: int | None = field(default=None, metadata=_option(_COUNT))
     allow_dash: bool = field(default=False, metadata=_option(_BOOLEAN))
     # Not options: what follows from them.
     environment_base: dict[str, str] = field(default_factory=dict, repr=False)

@@ -11,6 +11,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+# So often a message may be handed back before that makes a fresh copy of it, whose count begins
+# anew: a broker that limits returns drops a message at its limit, and 20 is RabbitMQ's own.
+RETURNS_MAX = 10
+
 
 @dataclass(slots=True, eq=False)
 class Delivery:
@@ -23,6 +27,7 @@ class Delivery:
     id: str | None = None  # as the message gives it, unchecked
     task: str | None = None  # as the message's properties give it; the body may name one too
     redelivered: bool = False
+    returns: int = 0  # how often it came back unsettled, where the queue counts that
     attempt: int = 0  # attempts that were made before, as the message says
     priority: int | None = None
     reply_to: str | None = None

@@ -48,8 +48,8 @@ def shares(queues: Iterable[Queue]) -> dict[str, Unnamed]:
 
 
 class EmbeddedQueue:
-    """A Source (delivery.py). Its deliveries are never lost, and never redelivered: what was
-    running when the daemon died is queued again by the recorder, before the first claim."""
+    """A Source (delivery.py). Its deliveries are never lost. What was running when the daemon died
+    is queued again by the recorder, before the first claim; what was claimed is `redelivered`."""
 
     def __init__(
         self,
@@ -219,6 +219,7 @@ class EmbeddedQueue:
             priority=row["priority"],
             submitted_at=unix_time(row["submitted_at"]),
             row=row,
+            redelivered=row["id"] in self._recorder.suspects,
         )
 
     # Handing back

@@ -21,6 +21,7 @@ from typing import Any, Generic, NoReturn, TypeVar
 
 from sqlalchemy.engine import Connection
 
+from taskd import points
 from taskd.errors import StoreAway
 from taskd.kernel.loop import Loop
 from taskd.states import StoreState
@@ -88,6 +89,8 @@ class Recorder:
         self.state = StoreState.STARTING
         self.pending = 0  # writes that are not durable yet, or whose `then` was not yet called
         self.recovered = 0  # jobs that an earlier daemon left running
+        # Those that it had claimed, and perhaps begun without being able to say so.
+        self.suspects: frozenset[str] = frozenset()
         self._loop = loop
         self._on_state = on_state
         self._database = Database(url, clock=loop.now, lock_wait=lock_wait)
@@ -277,6 +280,7 @@ class Recorder:
                 prepare(connection)
         if not self._recovered:
             with self._transaction(writes=True, until=until) as connection:
+                self.suspects = statements.claimed(connection)
                 self.recovered = statements.recover(connection)
             self._recovered = True
 
@@ -317,7 +321,10 @@ class Recorder:
             if not self.private:
                 firsts = (each for each, _, _ in batch)
                 rows, out = fence.divide(connection, firsts, rows, self.daemon_id)
-            return write(connection, rows), out
+            written = write(connection, rows)
+            points.reach("before commit")
+        points.reach("after commit")
+        return written, out
 
     def _put(self, asks: list[_Ask[Any]], *, writes: bool) -> None:
         """Put questions in one transaction. One that only reads needs no lock, and may be

@@ -119,6 +119,22 @@ def counts(connection: Connection) -> list[tuple[str, str | None, int]]:
     return [(state, queue, number) for state, queue, number in rows]
 
 
+def unfinished(connection: Connection, *, queue: str, task: str, payload: bytes) -> list[Row]:
+    """Jobs of a message without an id that were begun and go back to its queue, the oldest first.
+
+    Without payload and output; as many as one queue may have in hand, and more.
+    """
+    statement = (
+        sa.select(*SUMMARY)
+        .where(schema.waiting, _job.queue == queue, _job.state == JobState.QUEUED.value)
+        .where(_job.message_id.is_(None), _job.attempt > 0)
+        .where(_job.task == task, _job.payload == payload)
+        .order_by(_job.submitted_at)
+        .limit(MOST_ROWS)
+    )
+    return [dict(row) for row in connection.execute(statement).mappings()]
+
+
 @changes
 def cancel(connection: Connection, *, id: str) -> Row | None:
     """Cancel a job that waits and that nobody has claimed; its row as it is then, if any."""
@@ -154,6 +170,7 @@ def send_back(
         "finished_at": None,
         "run_after": None,
         "retries": 0,
+        "crashes": 0,
         "claimed_by": None,
         "dead": False,
     }
@@ -233,6 +250,13 @@ def release(connection: Connection, *, claims: Mapping[str, int], daemon_id: str
 
 
 # For the daemon
+
+
+def claimed(connection: Connection) -> frozenset[str]:
+    """The ids of the jobs that wait and are claimed by somebody."""
+    waiting = _job.state.in_([state.value for state in schema.WAITING])
+    rows = connection.execute(sa.select(_job.id).where(waiting, _job.claimed_by.is_not(None)))
+    return frozenset(rows.scalars())
 
 
 @changes

@@ -33,6 +33,7 @@ class Job:
         "argv",
         "attempt",
         "child",
+        "crashes",
         "delivery",
         "exit",
         "fields",
@@ -67,6 +68,8 @@ class Job:
         self.known = False  # whether the store has a row of it
         self.attempt = 0  # the latest attempt, from 1; 0 before the first
         self.retries = 0  # how many of the task's retries are used up
+        # Attempts that the daemon's own death ended; None where no earlier attempt is recorded.
+        self.crashes: int | None = None
         self.submitted_at = delivery.submitted_at or now  # Unix time
         self.started_at = 0.0  # Unix time, of this attempt
         self.finished_at = 0.0

@@ -16,20 +16,21 @@ from functools import partial
 from typing import Any
 
 from taskd.children.child import Children, Exit, Launch
-from taskd.children.notify import Notice
 from taskd.children.output import Output
 from taskd.config.schema import Config
 from taskd.errors import Rejected, RequestError, SpawnError, StoreAway
-from taskd.kernel.loop import Loop, Timer
-from taskd.queues.delivery import Delivery
+from taskd.kernel.loop import Loop
+from taskd.queues.delivery import RETURNS_MAX, Delivery
 from taskd.states import FINAL, PHASE_MOVES, AttemptState, JobPhase, JobState, move
 from taskd.store import statements
 from taskd.store.recorder import Recorder, Write
 from taskd.work import message, story
 from taskd.work.adoption import Lost
 from taskd.work.job import Job, Outcome
+from taskd.work.rejections import Rejections
 from taskd.work.rows import Rows
 from taskd.work.slots import Slots
+from taskd.work.speech import Speech
 from taskd.work.story import Story
 from taskd.work.verdict import UNFINISHED, Verdict, verdict
 
@@ -38,8 +39,6 @@ OUTPUTS_KEPT = 64
 # A child that ends within this is recorded once, start and end together: half the work of the
 # recorder for short jobs, and front ends see a longer one begin this much later.
 BRIEF = 0.02
-# A child may say how far it is as often as it likes; it is stored and told this often.
-FOLD = 0.5
 
 
 class Pool:
@@ -71,11 +70,10 @@ class Pool:
         self._filling = False  # slots are to be filled at the end of this pass
         self._asked: list[Job] = []
         self._lost = Lost(loop.now)
-        self._outputs: OrderedDict[str, Output] = OrderedDict()  # of jobs that have ended
         self._begun: dict[str, Job] = {}  # whose beginning is not recorded yet
-        self._told: dict[str, Job] = {}  # spoke since the last fold
-        self._speaking: set[str] = set()  # whose last word is not durable yet
-        self._fold: Timer | None = None
+        self._speech = Speech(loop, recorder, rows, story, unrecorded=self._begun)
+        self._rejections = Rejections(recorder, rows, story, self.jobs)
+        self._outputs: OrderedDict[str, Output] = OrderedDict()  # of jobs that have ended
         self.last_start: dict[str, float] = {}  # of each queue's jobs, by the loop's clock
 
     # Deliveries
@@ -87,7 +85,7 @@ class Pool:
         try:
             order = message.read(delivery, queue, self._config.tasks)
         except Rejected as reason:
-            self._reject(delivery, str(reason))
+            self._rejections.reject(delivery, str(reason))
             return
         job = None
         if order.named:
@@ -104,6 +102,11 @@ class Pool:
             if not self._asked:
                 self._loop.call_before_wait(self._ask)
             self._asked.append(job)
+        elif delivery.redelivered:
+            begun = partial(
+                statements.unfinished, queue=job.queue, task=job.task.name, payload=delivery.body
+            )
+            self._recorder.ask(begun, partial(self._on_unfinished, job))
         else:
             self._wait(job)
 
@@ -148,11 +151,52 @@ class Pool:
             if isinstance(found, StoreAway):
                 self._return(job)
             elif (row := found.get(job.id)) is None:
-                # Nobody recorded its earlier attempts here, but the message tells of them.
-                job.attempt = job.retries = job.delivery.attempt
-                self._wait(job)
+                self._judge_unrecorded(job)
             else:
                 self._judge(job, row)
+
+    def _on_unfinished(self, job: Job, rows: list[statements.Row] | StoreAway) -> None:
+        """A message without an id came back: it goes on with the row of a job like it, if the
+        daemon died in that one or a stop ended it. Where several are equal each takes one."""
+        if job.phase is not JobPhase.JUDGING:
+            return
+        if isinstance(rows, StoreAway):
+            self._return(job)
+            return
+        row = next((row for row in rows if row["id"] not in self.jobs), None)
+        if row is None:
+            self._judge_unrecorded(job)
+            return
+        del self.jobs[job.id]
+        job.id = row["id"]
+        self.jobs[job.id] = job
+        self._judge(job, row)
+
+    def _judge_unrecorded(self, job: Job) -> None:
+        returns = job.delivery.returns
+        # Handing back counts as well, so it takes that much more to tell of deaths.
+        if returns >= self._crash_limit(job) + RETURNS_MAX:
+            self._bury(job, f"it came back {returns} times and no attempt could ever be recorded")
+            return
+        # Nobody recorded its earlier attempts here, but the message tells of them.
+        job.attempt = job.retries = job.delivery.attempt
+        self._wait(job)
+
+    def _crash_limit(self, job: Job) -> int:
+        return job.task.crash_limit or self._config.settings.crash_limit
+
+    def _bury(self, job: Job, reason: str) -> None:
+        """Give up a job that may be what kills the daemon."""
+        self._story.buried(job, reason)
+        self._end_unstarted(job, Outcome(AttemptState.FAILED, JobState.FAILED, reason))
+
+    def _end_unstarted(self, job: Job, outcome: Outcome) -> None:
+        if job.phase is JobPhase.WAITING:
+            self.slots.leave(job)
+        job.outcome = outcome
+        job.finished_at = time.time()
+        self._move(job, JobPhase.RECORDING)
+        self._write(job, self._rows.unstarted(job), self._on_recorded)
 
     def _judge(self, job: Job, row: Mapping[str, Any]) -> None:
         self._rows.recall(job, row)
@@ -161,8 +205,11 @@ class Pool:
         match verdict(delivery, row, duplicates_run=again):
             case Verdict.RUN:
                 if row["state"] not in UNFINISHED:
-                    job.retries = 0  # a new message with a used id starts afresh
-                self._wait(job)
+                    job.retries = job.crashes = 0  # a new message with a used id starts afresh
+                if job.crashes and job.crashes >= self._crash_limit(job):
+                    self._bury(job, f"the daemon died in {job.crashes} of its attempts")
+                else:
+                    self._wait(job)
                 return
             case Verdict.DEAD:
                 reason = row["reason"] or "failed"
@@ -185,46 +232,6 @@ class Pool:
         """The outcome is settled from the record: whoever waits for it may not have heard."""
         if delivery.reply_to:
             delivery.source.reply(delivery, self._rows.reply_from(row))
-
-    def _reject(self, delivery: Delivery, reason: str) -> None:
-        """Record a message that cannot be a job, then dead-letter it."""
-        id, named = message.identify(delivery)
-        if not named or delivery.row is not None:
-            self._record_rejection(delivery, id, reason)
-        elif id in self.jobs:
-            self._record_rejection(delivery, message.new_id(), reason)
-        else:
-            self._recorder.ask(
-                partial(statements.find, ids=[id]),
-                partial(self._on_found_rejected, delivery, id, reason),
-            )
-
-    def _on_found_rejected(
-        self, delivery: Delivery, id: str, reason: str, found: Mapping[str, Any] | StoreAway
-    ) -> None:
-        if isinstance(found, StoreAway):
-            delivery.source.back(delivery)
-            return
-        row = found.get(id)
-        # A broken message must not overwrite the record of a job whose id it carries.
-        if row is not None and row["state"] != JobState.REJECTED:
-            id = message.new_id()
-        self._record_rejection(delivery, id, reason)
-
-    def _record_rejection(self, delivery: Delivery, id: str, reason: str) -> None:
-        task = message.task_named(delivery)
-        self._story.rejected(delivery, id, task, reason)
-        self._recorder.write(
-            self._rows.rejected(delivery, id, task, reason),
-            partial(self._on_rejection_recorded, delivery, id, task, reason),
-        )
-
-    def _on_rejection_recorded(
-        self, delivery: Delivery, id: str, task: str | None, reason: str
-    ) -> None:
-        delivery.source.dead(delivery, id=id, attempt=delivery.attempt, reason=reason)
-        if delivery.reply_to:
-            delivery.source.reply(delivery, self._rows.refusal(delivery, id, task, reason))
 
     # Slots
 
@@ -253,9 +260,11 @@ class Pool:
         self._move(job, JobPhase.STARTING)
         now = self.last_start[job.queue] = self._loop.now()
         job.begin(time.time(), now)
-        if self._recorder.private and not job.delivery.redelivered:
+        suspect = job.delivery.redelivered or job.crashes
+        if self._recorder.private and not suspect:
             # Nobody else can claim it, so the row may become durable while the child runs, and
-            # a short attempt's start and end be one write.
+            # a short attempt's start and end be one write. One that may have killed the daemon
+            # is counted before it can do that again.
             self._spawn(job)
         else:
             self._write(job, self._rows.started(job), self._on_start_recorded)
@@ -279,7 +288,7 @@ class Pool:
             child = self._children.start(
                 launch,
                 on_end=partial(self._on_end, job),
-                on_notify=partial(self._on_notify, job),
+                on_notify=partial(self._speech.on_notify, job),
             )
         except SpawnError as error:
             if error.passing:
@@ -300,35 +309,10 @@ class Pool:
 
     def _on_brief(self) -> None:
         """Record the beginning of what still runs; what has ended was one write."""
-        begun, self._begun = self._begun, {}
-        for job in begun.values():
+        begun = list(self._begun.values())
+        self._begun.clear()
+        for job in begun:
             self._write(job, self._rows.started(job))
-
-    def _on_notify(self, job: Job, notice: Notice) -> None:
-        if notice.progress is not None:
-            job.progress = notice.progress
-        if notice.status is not None:
-            job.status = notice.status
-        if notice.result is not None:
-            job.result = notice.result
-        self._told[job.id] = job
-        if self._fold is None:
-            self._on_fold()
-
-    def _on_fold(self) -> None:
-        """Store and tell what children said of themselves; again in a while if they go on."""
-        told, self._told = self._told, {}
-        for job in told.values():
-            if job.phase is not JobPhase.RUNNING:
-                continue
-            self._story.spoke(job)
-            if job.id in self._speaking or job.id in self._begun:
-                self._told[job.id] = job  # one word a job waits for the store, however long
-            else:
-                self._speaking.add(job.id)
-                spoken = partial(self._speaking.discard, job.id)
-                self._recorder.write(self._rows.spoke(job), spoken)
-        self._fold = self._loop.call_later(FOLD, self._on_fold) if told else None
 
     def _on_end(self, job: Job, exit: Exit) -> None:
         if job.timeout is not None:
@@ -411,12 +395,7 @@ class Pool:
             if starting:
                 self._conclude(job, outcome)
             else:
-                if job.phase is JobPhase.WAITING:
-                    self.slots.leave(job)
-                job.outcome = outcome
-                job.finished_at = time.time()
-                self._move(job, JobPhase.RECORDING)
-                self._write(job, self._rows.cancelled(job), self._on_recorded)
+                self._end_unstarted(job, outcome)
             return "cancelled"
         if job.phase is JobPhase.RUNNING and job.child is not None:
             job.child.stop("cancelled")

@@ -28,6 +28,7 @@ class Rows:
         # SQLite lets a front end put anything there.
         if isinstance(row["attempt"], int) and isinstance(row["retries"], int):
             job.attempt, job.retries = row["attempt"], row["retries"]
+        job.crashes = row["crashes"] if isinstance(row["crashes"], int) else 0
         if isinstance(row["submitted_at"], datetime):
             job.submitted_at = unix_time(row["submitted_at"])
 
@@ -39,9 +40,11 @@ class Rows:
     # What is written
 
     def started(self, job: Job) -> Write:
+        crashes = {} if job.crashes is None else {"crashes": job.crashes}
         return Write(
             {
                 **self._born(job),
+                **crashes,
                 **self._now(job),
                 "state": JobState.RUNNING,
                 "dead": False,
@@ -73,14 +76,14 @@ class Rows:
             new=not job.known,
         )
 
-    def cancelled(self, job: Job) -> Write:
-        """A job that was cancelled before an attempt began."""
+    def unstarted(self, job: Job) -> Write:
+        """The outcome of a job that ends before an attempt, or another one, began."""
         outcome = job.outcome
         assert outcome is not None
         row = {
             **self._born(job),
-            **self._now(job),
             **self._state(job, outcome),
+            "host": self._host,
             "reason": outcome.reason,
             "finished_at": moment(job.finished_at),
         }

@@ -77,6 +77,21 @@ class Story:
         if self._events:
             self._events.publish(_of(job, outcome.job))
 
+    def buried(self, job: Job, reason: str) -> None:
+        """A job is given up without another attempt."""
+        journal.event(
+            log,
+            logging.ERROR,
+            MessageId.JOB_FAILED,
+            self._encode(fields(job)),
+            "job %s: %s, to the dead letters",
+            job.id,
+            reason,
+        )
+        if self._events:
+            event = _event("job", job.id, job.task.name, job.queue, JobState.FAILED)
+            self._events.publish(event | {"attempt": job.attempt, "reason": reason})
+
     def spoke(self, job: Job) -> None:
         """A running child said how far it is."""
         if self._events:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from taskd import points
 from taskd.config.values import format_span
 from taskd.kernel.loop import Loop
 from taskd.queues.delivery import Delivery
@@ -96,6 +97,7 @@ class Placer:
         if refusal is None:
             if self.stuck.pop(copy, None):
                 log.info("queue %s: a message was put on %s at last", self._name, copy.target)
+            points.reach("after publish")
             self._on_placed(copy.original)
             self._on_change()
         elif refusal.code == NO_ROUTE and copy.if_missing is not None and not copy.declared:

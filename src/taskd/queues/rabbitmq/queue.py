@@ -14,10 +14,11 @@ from functools import partial
 from itertools import takewhile
 from typing import Any
 
+from taskd import points
 from taskd.config.schema import Queue
 from taskd.config.values import format_span
 from taskd.kernel.loop import Loop, Timer
-from taskd.queues.delivery import Delivery, Message
+from taskd.queues.delivery import RETURNS_MAX, Delivery, Message
 from taskd.queues.rabbitmq import outgoing
 from taskd.queues.rabbitmq.connection import Backoff, Broker
 from taskd.queues.rabbitmq.placing import Copy, Placer
@@ -37,9 +38,6 @@ log = logging.getLogger(__name__)
 # A wall clock beyond this is no date in Python (year 10000).
 _DATE_MAX = 253402300800
 _ATTEMPTS_MAX = 2**31
-# The limit of deliveries of a queue that others have made cannot be read. RabbitMQ's own since
-# 4.0 is 20, and over it a message is dropped; from half of that on we put in a fresh copy.
-_RETURNS_MAX = 10
 
 
 class RabbitQueue:
@@ -281,6 +279,7 @@ class RabbitQueue:
             id=properties.text("message_id") or (own_id if isinstance(own_id, str) else None),
             task=properties.text("type") or None,
             redelivered=method.redelivered or outgoing.RETURNED in headers,
+            returns=_count(headers.get("x-delivery-count"), _ATTEMPTS_MAX),
             attempt=_count(headers.get(outgoing.ATTEMPT), _ATTEMPTS_MAX),
             priority=properties.number("priority"),
             reply_to=properties.text("reply_to") or None,
@@ -319,8 +318,7 @@ class RabbitQueue:
     def back(self, delivery: Delivery, *, id: str | None = None) -> None:
         if not self._settle(delivery):
             return
-        returns = _count(delivery.headers.get("x-delivery-count"), _ATTEMPTS_MAX)
-        if returns >= _RETURNS_MAX or id is not None:
+        if delivery.returns >= RETURNS_MAX or id is not None:
             properties = outgoing.for_return(delivery.token[1], delivery.attempt, id)
             self._placer.place(Copy(delivery, "", self._key, properties))
         else:
@@ -362,6 +360,8 @@ class RabbitQueue:
             del self._open[tag]
             channel.basic_ack(tag)
         self._settling -= len(acked) + len(returned)
+        if points.armed and acked:
+            self._loop.call_later(0.05, partial(points.reach, "after ack"))
         self._acked = set()
         self._returned = []
 
