@@ -1,5 +1,11 @@
-"""What the tests of faults share: the same RabbitMQ as the other tests, for those that spare it."""
+"""What the tests of faults share."""
 
-from tests.queues.conftest import rabbitmq, vhost
+import pytest
 
-__all__ = ["rabbitmq", "vhost"]
+from tests.support.rabbitmq import Node
+
+
+@pytest.fixture
+def url(rabbitmq: Node, vhost: str) -> str:
+    """A RabbitMQ that others use too."""
+    return rabbitmq.url(vhost)

@@ -79,13 +79,13 @@ def test_every_option_is_read(write: Write, tmp_path: Path) -> None:
         write(
             "[taskd]\nstore = postgresql+psycopg://u:p@db/taskd\ncontrol = /run/x.sock\n"
             "control_tcp = [::1]:6400\ncontrol_password = p\nmax_running = 8\n"
-            "drain_timeout = 2min\nkeep_jobs = 1w\nlog_level = debug\n"
+            "drain_timeout = 2min\nkeep_jobs = 1w\ncrash_limit = 5\nlog_level = debug\n"
             "[queue:q]\nurl = amqps://u:p@mq/%2f\nname = builds\ntype = classic\ndeclare = no\n"
             "task = t\ntasks = t, u\nbody_max = 1M\ndead_letter = dlx/key/1\n"
-            f"duplicate_ids = run\n{tls}"
+            f"acknowledge = early\nduplicate_ids = run\n{tls}"
             "[task:t]\ncommand = true {x}\ndirectory = /srv\nenvironment = A=1 'B=2 3'\n"
             "max_running = 2\ntimeout = 30min\nstop_timeout = 1s\nretries = 3\nretry_delay = 1s\n"
-            "retry_delay_max = 1min\nallow_dash = yes\n"
+            "retry_delay_max = 1min\ncrash_limit = 2\nallow_dash = yes\n"
             "[task:u]\ncommand = true\ntimeout = infinity\n"
         ),
         {},
@@ -93,12 +93,12 @@ def test_every_option_is_read(write: Write, tmp_path: Path) -> None:
     settings, queue, task = config.settings, config.queues["q"], config.tasks["t"]
     assert dataclasses.astuple(settings) == (
         *("postgresql+psycopg://u:p@db/taskd", Path("/run/x.sock"), "[::1]:6400", "p"),
-        *(8, 120, 604800, "debug"),
+        *(8, 120, 604800, 5, "debug"),
     )
     assert settings.control_address == ("::1", 6400)
     assert dataclasses.astuple(queue) == (
         *("q", "amqps://u:p@mq/%2f", "builds", "classic", False, "t", ("t", "u"), 1 << 20),
-        *(("dlx", "key/1"), "run", pem, pem, pem),
+        *(("dlx", "key/1"), "early", "run", pem, pem, pem),
     )
     assert (queue.kind, queue.secure) == ("amqp", True)
     assert (task.directory, task.environment) == ("/srv", {"A": "1", "B": "2 3"})

@@ -142,6 +142,7 @@ def test_the_database_itself_fills_in_a_row(connection: Connection) -> None:
         "priority": 0,
         "retries": 0,
         "crashes": 0,
+        "acknowledged": False,
         "dead": False,
     }
 

@@ -236,6 +236,9 @@ class Queue:
     dead_letter: tuple[str, str] | None = field(  # exchange and routing key
         default=None, metadata=_option(Kind(_dead_letter, "/".join), schemes=_BROKERS)
     )
+    acknowledge: str = field(
+        default="late", metadata=_option(_choice("late", "early"), schemes=_BROKERS)
+    )
     duplicate_ids: str = field(default="settle", metadata=_option(_choice("settle", "run")))
     ca_file: Path | None = field(default=None, metadata=_option(_FILE, schemes=("amqps",)))
     cert_file: Path | None = field(default=None, metadata=_option(_FILE, schemes=("amqps",)))

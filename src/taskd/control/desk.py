@@ -191,6 +191,10 @@ class Desk:
         if isinstance(change, str):
             raise RequestError(change)
         old, row = change
+        if row["acknowledged"]:  # the broker knows nothing of it any more
+            self._intake.keep(row["queue"]).wake()
+            then(id)
+            return
         priority = row["priority"]
         sent = Message(
             id=id,
@@ -205,8 +209,8 @@ class Desk:
                 then(id)
                 return
             # Nobody will run it, so it is again what it was.
-            kept = ("id", "state", "reason", "finished_at", "run_after", "retries", "dead")
-            self._recorder.write(Write({name: old[name] for name in kept}))
+            changed = ("state", "reason", "finished_at", "run_after", "retries", "crashes", "dead")
+            self._recorder.write(Write({"id": id, **{name: old[name] for name in changed}}))
             then(RequestError(reason))
 
         self._intake.source(row["queue"]).resubmit(sent, on_sent)

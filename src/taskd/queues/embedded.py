@@ -11,6 +11,7 @@ INSERT by others. It is one indexed query, made only while there is room for wha
 """
 
 from collections.abc import Callable, Collection, Iterable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -59,11 +60,13 @@ class EmbeddedQueue:
         *,
         room: int,
         on_delivery: Callable[[Delivery], None],
-        unnamed: Unnamed = ANYTHING,
+        unnamed: Unnamed | None = ANYTHING,
         full: Callable[[], Collection[str]] = tuple,
+        acknowledged: bool = False,
     ) -> None:
         """`room`: how many deliveries may be unsettled at once; `full`: tasks whose jobs would
-        only wait, and are left to whoever has a slot for them."""
+        only wait, and are left to whoever has a slot for them. `acknowledged`: the queue is a
+        broker's, and only those of its jobs are here whose messages were acknowledged early."""
         self.name = queue.name
         self._recorder = recorder
         self._loop = loop
@@ -71,6 +74,7 @@ class EmbeddedQueue:
         self._on_delivery = on_delivery
         self._unnamed = unnamed
         self._full = full
+        self._acknowledged = acknowledged
         self._wanted = False
         self._closed = False
         self._unsettled = 0
@@ -99,6 +103,12 @@ class EmbeddedQueue:
         elif self._wanted and not self._due:
             self._due = True
             self._loop.call_before_wait(self._look)
+
+    def keep(self, delivery: Delivery, *, id: str) -> Delivery:
+        """The delivery of another source, from now on as one of this: its row is recorded."""
+        self._unsettled += 1
+        row = {"id": id, "attempt": delivery.attempt}
+        return replace(delivery, source=self, token=None, reply_to=None, id=id, row=row, lost=False)
 
     # Settlement: the pool's writes have done it
 
@@ -191,6 +201,7 @@ class EmbeddedQueue:
                 daemon_id=self._recorder.daemon_id,
                 unnamed=self._unnamed,
                 full=sorted(self._full()),
+                acknowledged=self._acknowledged,
             )
             self._recorder.ask(question, self._on_claimed)
 

@@ -175,6 +175,8 @@ jobs = sa.Table(
     sa.Column("retries", sa.Integer, nullable=False, server_default="0"),
     sa.Column("claimed_by", sa.String(255)),
     sa.Column("dead", sa.Boolean, nullable=False, server_default=sa.false()),
+    # Its message was acknowledged before its end: the row alone stands for the job.
+    sa.Column("acknowledged", sa.Boolean, nullable=False, server_default=sa.false()),
     *_outcome(),
     **_OPTIONS,
 )
@@ -254,15 +256,23 @@ for _dialect, _sql in _CLAIMS.items():
 Migration = Callable[[Connection], None]
 
 
-def _add_daemons(connection: Connection) -> None:
+def _second(connection: Connection) -> None:
     daemons.create(connection, checkfirst=True)
     if connection.dialect.name in _CLAIMS:
         connection.exec_driver_sql(_CLAIMS[connection.dialect.name])
+    if not _has(connection, "acknowledged"):
+        connection.exec_driver_sql(
+            "ALTER TABLE jobs ADD COLUMN acknowledged BOOLEAN DEFAULT false NOT NULL"
+        )
+
+
+def _has(connection: Connection, column: str) -> bool:
+    return any(each["name"] == column for each in sa.inspect(connection).get_columns(jobs.name))
 
 
 # MIGRATIONS[0] takes a database from version 1 to version 2, and so on. MariaDB commits each
 # change of a table by itself, so that a step may find a part of its work done.
-MIGRATIONS: tuple[Migration, ...] = (_add_daemons,)
+MIGRATIONS: tuple[Migration, ...] = (_second,)
 
 
 def prepare(connection: Connection, *, migrations: Sequence[Migration] = MIGRATIONS) -> None:

@@ -127,7 +127,7 @@ def unfinished(connection: Connection, *, queue: str, task: str, payload: bytes)
     statement = (
         sa.select(*SUMMARY)
         .where(schema.waiting, _job.queue == queue, _job.state == JobState.QUEUED.value)
-        .where(_job.message_id.is_(None), _job.attempt > 0)
+        .where(_job.message_id.is_(None), _job.attempt > 0, _job.acknowledged.is_(False))
         .where(_job.task == task, _job.payload == payload)
         .order_by(_job.submitted_at)
         .limit(MOST_ROWS)
@@ -205,10 +205,12 @@ def claim(
     daemon_id: str,
     unnamed: Unnamed | None = None,
     full: Collection[str] = (),
+    acknowledged: bool = False,
 ) -> list[Row]:
     """Take up to `room` jobs that are due, the most urgent first, and mark them as claimed.
 
-    Jobs of the tasks in `full` are passed over.
+    Jobs of the tasks in `full` are passed over. With `acknowledged` only those are taken that
+    have no message any more at their queue's broker.
 
     Whoever ends the attempt releases the claim: its last write carries `claimed_by` None. A row
     that holds what its columns are not for (SQLite lets anyone put anything there) is rejected
@@ -224,13 +226,14 @@ def claim(
     if dialect in ("mysql", "mariadb"):
         # To sort them InnoDB locks all the rows that wait, and others would find none.
         given["room"] = AHEAD * room
-        given["first"] = list(connection.scalars(_first(bool(full)), given)) or [""]
+        first = _first(bool(full), acknowledged)
+        given["first"] = list(connection.scalars(first, given)) or [""]
         given["room"] = room
-    due = _due(dialect, bool(full))
+    due = _due(dialect, bool(full), acknowledged)
     while True:
         found = [dict(row) for row in connection.execute(due, given).mappings()]
         rows = [row for row in found if not _unreadable(row)]
-        if len(rows) == len(found) or not _reject(connection, given, found):
+        if len(rows) == len(found) or not _reject(connection, due, given, found):
             break
     if rows:
         ids = [row["id"] for row in rows]
@@ -247,6 +250,13 @@ def release(connection: Connection, *, claims: Mapping[str, int], daemon_id: str
     for id in sorted(claims):
         mine = {"its_id": id, "its_attempt": claims[id], "its_claimer": daemon_id}
         connection.execute(_RELEASE, mine)
+
+
+def keeps(connection: Connection, *, queue: str) -> bool:
+    """Whether jobs of a broker's queue wait whose messages were acknowledged early."""
+    waiting = _job.state.in_([state.value for state in schema.WAITING])
+    mine = sa.select(_job.id).where(waiting, _job.queue == queue, _job.acknowledged.is_(True))
+    return connection.scalar(mine.limit(1)) is not None
 
 
 # For the daemon
@@ -321,7 +331,7 @@ def _one(connection: Connection, statement: Any, id: str) -> Row | None:
 
 
 @cache
-def _due(dialect: str, some_full: bool, *, locked: bool = True) -> Any:
+def _due(dialect: str, some_full: bool, acknowledged: bool, *, locked: bool = True) -> Any:
     """The rows that may be claimed now, in their order."""
     after: Any = _job.run_after
     kind: Any = None
@@ -339,6 +349,8 @@ def _due(dialect: str, some_full: bool, *, locked: bool = True) -> Any:
         .order_by(_job.priority.desc(), schema.due_since, order)
         .limit(sa.bindparam("room", type_=sa.Integer()))
     )
+    if acknowledged:
+        due = due.where(_job.acknowledged.is_(True))
     if some_full:
         due = due.where(_job.task.not_in(sa.bindparam("full", expanding=True)))
     if dialect in ("mysql", "mariadb"):
@@ -348,9 +360,9 @@ def _due(dialect: str, some_full: bool, *, locked: bool = True) -> Any:
 
 
 @cache
-def _first(some_full: bool) -> Any:
+def _first(some_full: bool, acknowledged: bool) -> Any:
     """The ids of those that may be claimed now, without a lock on any."""
-    return _due("", some_full, locked=False).with_only_columns(_job.id)
+    return _due("", some_full, acknowledged, locked=False).with_only_columns(_job.id)
 
 
 def _name(connection: Connection, queue: str, unnamed: Unnamed) -> None:
@@ -397,8 +409,10 @@ _RELEASE = (
 )
 
 
-def _reject(connection: Connection, given: Mapping[str, Any], rows: Collection[Row]) -> int:
-    """Reject those of `rows`, which `given` finds, that are no jobs; how many there were."""
+def _reject(
+    connection: Connection, due: Any, given: Mapping[str, Any], rows: Collection[Row]
+) -> int:
+    """Reject those of `rows`, which `due` finds, that are no jobs; how many there were."""
     columns = sorted({name for row in rows for name in _unreadable(row)})
     values = {
         "state": JobState.REJECTED.value,
@@ -409,7 +423,7 @@ def _reject(connection: Connection, given: Mapping[str, Any], rows: Collection[R
     if connection.dialect.name == "sqlite":
         # By what they are not: an id that could not be read cannot be looked for either.
         readable = [row["id"] for row in rows if not _unreadable(row)]
-        same = _due("sqlite", "full" in given).with_only_columns(_job.id).subquery()
+        same = due.with_only_columns(_job.id).subquery()
         which = sa.and_(_job.id.in_(sa.select(same.c.id)), _job.id.not_in(readable))
         return connection.execute(
             sa.update(schema.jobs).where(which).values(values), given

@@ -7,15 +7,18 @@ it delivered and nobody has started, so that other hosts get it.
 import logging
 from collections.abc import Callable, Hashable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from taskd.config.schema import Config, Queue
-from taskd.errors import RequestError
+from taskd.errors import RequestError, StoreAway
 from taskd.kernel.loop import Loop, Timer
 from taskd.queues.delivery import Delivery, Source
 from taskd.queues.embedded import EmbeddedQueue, shares
 from taskd.queues.rabbitmq import Broker, RabbitQueue
+from taskd.store import statements
 from taskd.store.recorder import Recorder
+from taskd.work.job import Job
 from taskd.work.pool import Pool
 
 log = logging.getLogger(__name__)
@@ -29,6 +32,8 @@ SWEEP_AGAIN = 0.1
 
 PAUSED = "paused"
 NO_SLOT = "no free slot"
+# After the store could not be asked.
+ASK_AGAIN = 5.0
 
 
 class Inlet:
@@ -39,8 +44,27 @@ class Inlet:
         self.wire = wire  # what the source is made of
         self.prefetch = prefetch
         self.source = source
+        self.kept: EmbeddedQueue | None = None  # jobs that were acknowledged early
         self.holds: set[str] = set()
         self.starving: Timer | None = None
+
+    @property
+    def sources(self) -> list[Source]:
+        return [self.source] if self.kept is None else [self.source, self.kept]
+
+    def consume(self) -> None:
+        """Take messages, unless something holds the queue."""
+        for source in self.sources:
+            source.consume(not self.holds)
+
+    def drained(self) -> bool:
+        return all(source.drained() for source in self.sources)
+
+    def close(self) -> None:
+        if self.starving is not None:
+            self.starving.cancel()
+        for source in self.sources:
+            source.close()
 
 
 class Intake:
@@ -69,6 +93,7 @@ class Intake:
         self._retired: list[Inlet] = []  # out of the configuration, jobs of theirs still run
         pool.on_slot = self._on_slot
         pool.on_wait = self._on_wait
+        pool.on_keep = self._on_keep
 
     def start(self) -> None:
         for name in self._config.queues:
@@ -82,7 +107,7 @@ class Intake:
             self._holds.add(reason)
         for inlet in self._chosen(name):
             inlet.holds.add(reason)
-            inlet.source.consume(False)
+            inlet.consume()
             self._pool.hand_back(inlet.queue.name)
         self._on_change()
 
@@ -92,7 +117,7 @@ class Intake:
         for inlet in self._chosen(name):
             if reason in inlet.holds:
                 inlet.holds.discard(reason)
-                inlet.source.consume(not inlet.holds)
+                inlet.consume()
         self._on_change()
 
     def held(self, reason: str) -> bool:
@@ -110,7 +135,7 @@ class Intake:
 
     def _on_delivery(self, delivery: Delivery) -> None:
         inlet = self._inlets.get(delivery.queue)
-        if inlet is None or inlet.source is not delivery.source or inlet.holds:
+        if inlet is None or delivery.source not in inlet.sources or inlet.holds:
             delivery.source.back(delivery)  # it was under way when the consumer was cancelled
         else:
             self._pool.take(delivery)
@@ -170,10 +195,11 @@ class Intake:
     def sweep(self) -> None:
         """Close retired queues whose last job was settled, and brokers that nobody uses."""
         for inlet in list(self._retired):
-            if any(job.delivery.source is inlet.source for job in self._pool.jobs.values()):
+            sources = inlet.sources
+            if any(job.delivery.source in sources for job in self._pool.jobs.values()):
                 continue
-            if inlet.source.drained():
-                inlet.source.close()
+            if inlet.drained():
+                inlet.close()
                 self._retired.remove(inlet)
             elif self._sweeping is None or not self._sweeping.active:
                 # Its last settlement is on its way to the broker.
@@ -188,13 +214,11 @@ class Intake:
 
     def drained(self) -> bool:
         """Whether every settlement has left and been confirmed."""
-        return all(inlet.source.drained() for inlet in [*self._inlets.values(), *self._retired])
+        return all(inlet.drained() for inlet in [*self._inlets.values(), *self._retired])
 
     def close(self) -> None:
         for inlet in [*self._inlets.values(), *self._retired]:
-            if inlet.starving is not None:
-                inlet.starving.cancel()
-            inlet.source.close()
+            inlet.close()
         for broker in self._brokers.values():
             broker.close()
 
@@ -205,7 +229,52 @@ class Intake:
         inlet.holds = self._holds | holds
         self._inlets[name] = inlet
         inlet.source.start()
-        inlet.source.consume(not inlet.holds)
+        inlet.consume()
+        if queue.acknowledge == "early":
+            self.keep(name)
+        elif queue.kind != "embedded":
+            # It may have been `early` before.
+            self._recorder.ask(
+                partial(statements.keeps, queue=name), partial(self._on_keeps, inlet)
+            )
+
+    # Jobs that were acknowledged early
+
+    def keep(self, name: str) -> EmbeddedQueue:
+        """See to the jobs of a broker's queue that are the store's alone."""
+        inlet = self._inlets[name]
+        if inlet.kept is None:
+            inlet.kept = EmbeddedQueue(
+                inlet.queue,
+                self._recorder,
+                self._loop,
+                room=inlet.prefetch,
+                on_delivery=self._on_delivery,
+                unnamed=None,
+                full=self._pool.slots.full,
+                acknowledged=True,
+            )
+            inlet.consume()
+        return inlet.kept
+
+    def _on_keeps(self, inlet: Inlet, found: bool | StoreAway) -> None:
+        if self._inlets.get(inlet.queue.name) is not inlet:
+            return
+        if isinstance(found, StoreAway):
+            again = partial(statements.keeps, queue=inlet.queue.name)
+            then = partial(self._on_keeps, inlet)
+            self._loop.call_later(ASK_AGAIN, lambda: self._recorder.ask(again, then))
+        elif found:
+            self.keep(inlet.queue.name)
+
+    def _on_keep(self, job: Job) -> Delivery:
+        """Acknowledge what is recorded, and go on from the store."""
+        delivery = job.delivery
+        inlets = [*self._inlets.values(), *self._retired]
+        kept = next(each.kept for each in inlets if each.source is delivery.source)
+        assert kept is not None
+        delivery.source.done(delivery)
+        return kept.keep(delivery, id=job.id)
 
     def _make(self, queue: Queue, prefetch: int) -> Source:
         if queue.kind == "embedded":
@@ -246,7 +315,8 @@ class Intake:
     def _retire(self, inlet: Inlet) -> None:
         if inlet.starving is not None:
             inlet.starving.cancel()
-        inlet.source.consume(False)
+        for source in inlet.sources:
+            source.consume(False)
         # First: what is handed back lets retired ones be swept, and this one's broker is in use.
         self._retired.append(inlet)
         self._pool.hand_back(inlet.queue.name)

@@ -31,6 +31,7 @@ class Job:
 
     __slots__ = (
         "argv",
+        "asker",
         "attempt",
         "child",
         "crashes",
@@ -39,6 +40,7 @@ class Job:
         "fields",
         "finished_at",
         "id",
+        "kept",
         "known",
         "named",
         "outcome",
@@ -65,6 +67,9 @@ class Job:
         self.delivery = delivery
         self.twins: list[Delivery] = []  # other live deliveries of this same job
         self.phase = JobPhase.JUDGING
+        # Acknowledged early: `delivery` is the store's then, and `asker` the one that came.
+        self.kept = False
+        self.asker = delivery
         self.known = False  # whether the store has a row of it
         self.attempt = 0  # the latest attempt, from 1; 0 before the first
         self.retries = 0  # how many of the task's retries are used up

@@ -58,6 +58,8 @@ class Pool:
         self.slots = Slots(config)
         self.on_slot: Callable[[], None] = lambda: None  # a slot became free
         self.on_wait: Callable[[str], None] = lambda queue: None  # a queue's job found no slot
+        # A job is recorded whose message is to be acknowledged early: its delivery from now on.
+        self.on_keep: Callable[[Job], Delivery] = lambda job: job.delivery
         self.on_settled: Callable[[], None] = lambda: None
         self.on_no_spawn: Callable[[str], None] = lambda reason: None
         self.ended = 0  # attempts, since the daemon started
@@ -130,6 +132,9 @@ class Pool:
             delivery.source.back(delivery)
 
     def _adopt(self, job: Job, delivery: Delivery) -> None:
+        if job.kept and job.delivery.row is not None:
+            delivery.source.done(delivery)  # the acknowledgement was lost, not the job
+            return
         if not job.delivery.lost and job.phase is not JobPhase.SETTLED:
             # Two live deliveries of one job: both are settled with its outcome.
             job.twins.append(delivery)
@@ -260,8 +265,10 @@ class Pool:
         self._move(job, JobPhase.STARTING)
         now = self.last_start[job.queue] = self._loop.now()
         job.begin(time.time(), now)
+        queue = self._config.queues[job.queue]
+        job.kept = queue.acknowledge == "early" and job.delivery.row is None
         suspect = job.delivery.redelivered or job.crashes
-        if self._recorder.private and not suspect:
+        if self._recorder.private and not suspect and not job.kept:
             # Nobody else can claim it, so the row may become durable while the child runs, and
             # a short attempt's start and end be one write. One that may have killed the daemon
             # is counted before it can do that again.
@@ -271,6 +278,8 @@ class Pool:
 
     def _on_start_recorded(self, job: Job) -> None:
         if job.phase is JobPhase.STARTING:
+            if job.kept:
+                job.delivery = self.on_keep(job)
             self._spawn(job)
 
     def _spawn(self, job: Job) -> None:
@@ -364,8 +373,9 @@ class Pool:
                 source.dead(delivery, id=job.id, attempt=job.attempt, reason=reason)
             case _:
                 source.done(delivery)
-        if delivery.reply_to and outcome.job in FINAL:
-            source.reply(delivery, self._rows.reply(job))
+        asker = job.asker if job.kept else delivery
+        if asker.reply_to and outcome.job in FINAL:
+            asker.source.reply(asker, self._rows.reply(job))
         for twin in job.twins:
             twin.source.done(twin)
 

@@ -40,11 +40,13 @@ class Rows:
     # What is written
 
     def started(self, job: Job) -> Write:
-        crashes = {} if job.crashes is None else {"crashes": job.crashes}
+        also: dict[str, Any] = {} if job.crashes is None else {"crashes": job.crashes}
+        if job.kept:
+            also["acknowledged"] = True
         return Write(
             {
                 **self._born(job),
-                **crashes,
+                **also,
                 **self._now(job),
                 "state": JobState.RUNNING,
                 "dead": False,
