@@ -154,6 +154,7 @@ def test_an_older_database_is_brought_up_to_date(shared_store: SharedStore) -> N
         schema.daemons.drop(connection)
         on = "" if shared_store.postgresql else " ON jobs"
         connection.exec_driver_sql(f"DROP INDEX jobs_claimed{on}")
+        connection.exec_driver_sql("ALTER TABLE jobs DROP COLUMN acknowledged")
     with shared_store.store() as store:
         store.up()
         assert asks(store, statements.counts) == [("queued", None, 1)]
@@ -161,6 +162,7 @@ def test_an_older_database_is_brought_up_to_date(shared_store: SharedStore) -> N
         {"version": 1 + len(schema.MIGRATIONS)}
     ]
     assert shared_store.rows("SELECT * FROM daemons") == []
+    assert not shared_store.rows("SELECT acknowledged FROM jobs")[0]["acknowledged"]
 
 
 def test_daemons_that_start_together_make_the_tables_once(shared_store: SharedStore) -> None:

@@ -106,6 +106,19 @@ def test_an_older_database_is_brought_up_to_date_step_by_step(connection: Connec
     assert connection.exec_driver_sql("SELECT id, colour FROM jobs").all() == [("1", "red")]
 
 
+def test_tables_of_version_1_get_what_version_2_has(connection: Connection) -> None:
+    schema.prepare(connection, migrations=())
+    # As version 1 was.
+    schema.daemons.drop(connection)
+    connection.exec_driver_sql("ALTER TABLE jobs DROP COLUMN acknowledged")
+    connection.exec_driver_sql("INSERT INTO jobs (id, task) VALUES ('1', 'build')")
+    schema.prepare(connection)
+    assert (
+        dict(connection.execute(sa.select(schema.jobs)).mappings().one())["acknowledged"] is False
+    )
+    assert connection.execute(sa.select(schema.daemons)).all() == []
+
+
 def test_only_the_steps_that_are_missing_are_taken(connection: Connection) -> None:
     schema.prepare(connection, migrations=())
     schema.prepare(connection, migrations=(add_colour,))
