@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 import pytest
 
+from tests.support import cgroups
 from tests.support.rabbitmq import Node, shared_node
 from tests.support.sharing import Meeting
 
@@ -78,11 +79,11 @@ def pytest_configure(config: pytest.Config) -> None:
             raise pytest.UsageError(f"not from Debian's packages: {', '.join(foreign)}")
 
 
-def pytest_report_header(config: pytest.Config) -> str:
+def pytest_report_header(config: pytest.Config) -> list[str]:
     versions = [f"{name} {importlib.metadata.version(name)}" for name in RUNS_ON]
     whose = "Debian's own " if config.getoption("--debian") else ""
     broker = f"RabbitMQ of {config.getoption('--rabbitmq-of') or 'this machine'}"
-    return f"on {whose}{', '.join(versions)}; {broker}"
+    return [f"on {whose}{', '.join(versions)}; {broker}", cgroups.described()]
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -34,6 +34,7 @@ from taskd.service import Service
 from taskd.states import DAEMON_MOVES, DaemonState, StoreState, move
 from taskd.store.recorder import Recorder
 from taskd.store.retention import Retention
+from taskd.work.containment import Containment
 from taskd.work.events import Events
 from taskd.work.intake import Intake
 from taskd.work.pool import Pool
@@ -107,8 +108,14 @@ class Daemon:
         guardian = None
         if not service.under_systemd:
             guardian = Guardian(notify.mark(notify_directory))
+        self.containment = Containment()
+        self.containment.keep(config.tasks.values())
         self.children = Children(
-            self.loop, sink, notify_directory=notify_directory, guardian=guardian
+            self.loop,
+            sink,
+            notify_directory=notify_directory,
+            guardian=guardian,
+            groups=self.containment.groups,
         )
         self.events = Events()
         self.pool = Pool(
@@ -298,6 +305,7 @@ class Daemon:
         self.config = config
         self.trouble = ""
         self._set_level()
+        self.containment.keep(config.tasks.values())
         self.retention.keep(config.settings.keep_jobs)
         self._server.password = config.settings.control_password
         self.pool.configure(config)

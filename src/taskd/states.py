@@ -43,12 +43,13 @@ class JobPhase(StrEnum):
 
 
 class ChildState(StrEnum):
-    """A child ends twice: it exits, and it drains. It is ended when both are true."""
+    """A child ends twice: it exits, and it drains. When both are true its leftovers are killed."""
 
     RUNNING = "running"
     STOPPING = "stopping"  # TERM and CONT were sent, the kill is on the clock
     KILLED = "killed"  # the whole tree was killed; the exit is still to come
     EXITED = "exited"  # reaped, but somebody still holds its pipes
+    CLEARING = "clearing"  # drained too; what it left behind is being killed
     ENDED = "ended"
 
 
@@ -109,7 +110,8 @@ CHILD_MOVES: dict[ChildState, frozenset[ChildState]] = {
     ),
     ChildState.STOPPING: frozenset({ChildState.KILLED, ChildState.EXITED, ChildState.ENDED}),
     ChildState.KILLED: frozenset({ChildState.EXITED, ChildState.ENDED}),
-    ChildState.EXITED: frozenset({ChildState.ENDED}),
+    ChildState.EXITED: frozenset({ChildState.CLEARING, ChildState.ENDED}),
+    ChildState.CLEARING: frozenset({ChildState.ENDED}),
     ChildState.ENDED: frozenset(),
 }
 

@@ -4,10 +4,12 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from taskd.children.child import Child, Children, Exit, Launch
+from taskd.children.birth import Launch
+from taskd.children.child import Child, Children, Exit
 from taskd.children.guardian import Guardian
 from taskd.children.notify import Notice
 from taskd.journal import Sink
+from taskd.kernel.cgroup import Groups
 from taskd.kernel.loop import Loop
 
 PATH = "/usr/local/bin:/usr/bin:/bin"
@@ -76,12 +78,18 @@ class Nursery:
         *,
         notify_directory: Path | None = None,
         guardian: Guardian | None = None,
+        groups: Groups | None = None,
     ) -> None:
+        self.started = 0
         self.clock = Clock()
         self.loop = Loop(self.clock)
         self.lines = Lines()
         self.children = Children(
-            self.loop, sink or self.lines, notify_directory=notify_directory, guardian=guardian
+            self.loop,
+            sink or self.lines,
+            notify_directory=notify_directory,
+            guardian=guardian,
+            groups=groups,
         )
 
     def __enter__(self) -> "Nursery":
@@ -94,7 +102,13 @@ class Nursery:
     def start(self, *argv: str, **launch: object) -> Run:
         """Start a program; `launch` are other fields of the Launch."""
         run = Run()
-        settings = {"environment": {"PATH": PATH}, "fields": {"JOB": "1"}, **launch}
+        self.started += 1
+        settings = {
+            "environment": {"PATH": PATH},
+            "fields": {"JOB": "1"},
+            "group": str(self.started),
+            **launch,
+        }
         run.child = self.children.start(
             Launch(argv=argv, **settings),  # type: ignore[arg-type]
             on_end=run.exits.append,

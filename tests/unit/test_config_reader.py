@@ -68,6 +68,7 @@ def test_a_queue_and_a_task_have_the_defaults_that_the_design_gives(write: Write
     assert (task.directory, task.environment, task.timeout) == (None, {}, None)
     assert (task.stop_timeout, task.retries, task.allow_dash) == (10, 0, False)
     assert (task.retry_delay, task.retry_delay_max) == (10, 3600)
+    assert (task.leave_children, task.group_files) == (False, {})
     assert (task.path, task.environment_base["LANG"]) == (DEFAULT_PATH, "C.UTF-8")
 
 
@@ -85,7 +86,9 @@ def test_every_option_is_read(write: Write, tmp_path: Path) -> None:
             f"acknowledge = early\nduplicate_ids = run\n{tls}"
             "[task:t]\ncommand = true {x}\ndirectory = /srv\nenvironment = A=1 'B=2 3'\n"
             "max_running = 2\ntimeout = 30min\nstop_timeout = 1s\nretries = 3\nretry_delay = 1s\n"
-            "retry_delay_max = 1min\ncrash_limit = 2\nallow_dash = yes\n"
+            "retry_delay_max = 1min\ncrash_limit = 2\nallow_dash = yes\nleave_children = yes\n"
+            "memory_max = 2G\nmemory_high = 1536M\ncpu_weight = 50\ncpu_quota = 12.5 %\n"
+            "pids_max = 200\nio_weight = 10000\n"
             "[task:u]\ncommand = true\ntimeout = infinity\n"
         ),
         {},
@@ -104,6 +107,15 @@ def test_every_option_is_read(write: Write, tmp_path: Path) -> None:
     assert (task.directory, task.environment) == ("/srv", {"A": "1", "B": "2 3"})
     assert (task.max_running, task.timeout, task.stop_timeout, task.retries) == (2, 1800, 1, 3)
     assert (task.retry_delay, task.retry_delay_max, task.allow_dash) == (1, 60, True)
+    assert task.leave_children
+    assert task.group_files == {
+        "memory.max": "2147483648",
+        "memory.high": "1610612736",
+        "cpu.weight": "50",
+        "cpu.max": "12500 100000",
+        "pids.max": "200",
+        "io.weight": "10000",
+    }
     assert task.environment_base.items() > {"A": "1", "B": "2 3", "PATH": DEFAULT_PATH}.items()
     assert config.tasks["u"].timeout is None
 
@@ -197,7 +209,15 @@ def test_every_problem_of_every_file_is_told_at_once(write: Write) -> None:
         (QUEUE + TASK + "retries = -1\n", '5: [task:t] retries: "-1" is not a whole number'),
         (QUEUE + TASK + "retry_delay = 2h\n", "5: [task:t] retry_delay: is longer than retry_del"),
         (QUEUE + TASK + "workers = 4\n", "5: [task:t] workers: there is no such option here"),
-        (QUEUE + TASK + "memory_max = 1G\n", "5: [task:t] memory_max: there is no such option her"),
+        (QUEUE + TASK + "memory_max = much\n", '5: [task:t] memory_max: "much" is not a size'),
+        (QUEUE + TASK + "cpu_quota = 2\n", '5: [task:t] cpu_quota: "2" is not a percentage; write'),
+        (QUEUE + TASK + "cpu_quota = 0.5%\n", "5: [task:t] cpu_quota: less than 1% of a processor"),
+        (QUEUE + TASK + "cpu_quota = 0%\n", '5: [task:t] cpu_quota: "0%" is not a percentage'),
+        (QUEUE + TASK + "io_weight = 10001\n", '5: [task:t] io_weight: "10001" is too much; a we'),
+        (
+            QUEUE + TASK + "cpu_weight = 0\n",
+            "5: [task:t] cpu_weight: 0 is too few; write 1 or more",
+        ),
         (QUEUE + TASK + "callable = a:b\n", "5: [task:t] callable: there is no such option here"),
     ],
 )

@@ -110,12 +110,15 @@ def test_tables_of_version_1_get_what_version_2_has(connection: Connection) -> N
     schema.prepare(connection, migrations=())
     # As version 1 was.
     schema.daemons.drop(connection)
-    connection.exec_driver_sql("ALTER TABLE jobs DROP COLUMN acknowledged")
+    later = [("jobs", name) for name in ("acknowledged", "wall_seconds", "waited_seconds")]
+    later += [("attempts", name) for name in ("wall_seconds", "waited_seconds")]
+    for table, column in later:
+        connection.exec_driver_sql(f"ALTER TABLE {table} DROP COLUMN {column}")
     connection.exec_driver_sql("INSERT INTO jobs (id, task) VALUES ('1', 'build')")
     schema.prepare(connection)
-    assert (
-        dict(connection.execute(sa.select(schema.jobs)).mappings().one())["acknowledged"] is False
-    )
+    row = dict(connection.execute(sa.select(schema.jobs)).mappings().one())
+    assert (row["acknowledged"], row["waited_seconds"]) == (False, None)
+    assert connection.execute(sa.select(schema.attempts)).all() == []
     assert connection.execute(sa.select(schema.daemons)).all() == []
 
 

@@ -2,12 +2,15 @@
 
 A child ends twice. It exits, which the kernel tells us once, and it drains, which may come
 later because its own children can hold the pipes open. Callers hear of neither: they get one
-Exit, when both are true or patience has run out. Then whatever is left of its process group is
-killed. What has left the group (a daemon's double fork, in a session of its own) goes free:
-that takes a cgroup.
+Exit, when both are true or patience has run out, and what it left behind has been killed.
+
+Where a cgroup was delegated to us each child has one below it, and what it left behind is whoever
+is still in there. Elsewhere that is its process group, and what has left the group (a daemon's
+double fork, in a session of its own) goes free.
 """
 
 import itertools
+import logging
 import os
 import resource
 import signal
@@ -17,32 +20,23 @@ from functools import partial
 from pathlib import Path
 
 from taskd.children import notify
+from taskd.children.birth import Launch, Newborn, bear
 from taskd.children.guardian import RESTART_EVERY, Guardian
-from taskd.children.notify import Notice, NotifySocket
+from taskd.children.notify import Notice
 from taskd.children.outlet import Outlet
 from taskd.children.output import Output
-from taskd.errors import SpawnError
 from taskd.journal import Sink
+from taskd.kernel.cgroup import Group, Groups, Usage, Watch
 from taskd.kernel.loop import Loop, Timer
 from taskd.kernel.process import exists, kill_group, kill_tree
-from taskd.kernel.spawn import memfd, spawn
 from taskd.states import CHILD_MOVES, ChildState, move
 
 # How long somebody else may hold the pipes of a child that has exited.
 DRAIN_PATIENCE = 2.0
+# How long what was killed may take to be gone. A process in an uninterruptible wait takes longer.
+KILL_PATIENCE = 5.0
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Launch:
-    """What to start, and how."""
-
-    argv: tuple[str, ...]  # first the program, as an absolute path
-    environment: dict[str, str]  # all of it, but for NOTIFY_SOCKET
-    directory: str | None = None
-    payload: bytes = b""  # what it reads from stdin
-    fields: dict[str, str]  # its lines' in the journal
-    stop_timeout: float = 10.0  # from TERM to the kill
-    output_keep: int = 16 * 1024
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,9 +46,11 @@ class Exit:
     code: int | None
     signal: int | None
     core: bool  # whether it dumped core
-    cpu_seconds: float  # its own, and of those it waited for
-    memory_peak: int | None  # in bytes; None where it stayed below the daemon's own
+    cpu_seconds: float  # of its cgroup; else its own, and of those it waited for
+    memory_peak: int | None  # in bytes, of its cgroup; else None if it stayed below the daemon's
     stopped: str | None  # why it was stopped, if we did that
+    oom: bool  # whether one of its processes was killed for want of memory
+    wall_seconds: float  # from its spawn to its exit
 
 
 class Child:
@@ -65,31 +61,35 @@ class Child:
         loop: Loop,
         outlet: Outlet,
         launch: Launch,
-        pid: int,
+        born: Newborn,
         *,
-        stdout: int,
-        stderr: int,
-        notify: NotifySocket | None,
+        on_left: Callable[[Group], None],
         on_over: Callable[["Child", Exit], None],
     ) -> None:
-        self.pid = pid
+        self.pid = born.pid
         self.state = ChildState.RUNNING
         self.output = Output(
             loop,
             outlet,
             launch.fields,
             launch.output_keep,
-            stdout=stdout,
-            stderr=stderr,
+            stdout=born.stdout,
+            stderr=born.stderr,
             on_drained=self._on_drained,
         )
         self._loop = loop
-        self._notify = notify
-        self._stop_timeout = launch.stop_timeout
+        self._launch = launch
+        self._notify = born.socket
+        self._group = born.group
+        self._on_left = on_left  # a group that is not empty is somebody else's from now on
         self._on_over = on_over
         self._stopped: str | None = None
-        self._exit: Exit | None = None
+        self._status = 0
+        self._usage: resource.struct_rusage | None = None  # set by the exit
+        self._spent: Usage | None = None  # by the whole group
         self._timer: Timer | None = None
+        self._watch: Watch | None = None
+        self._started = self._exited = loop.now()
 
     def stop(self, why: str) -> None:
         """Ask it to end; kill its tree if it has not after its stop timeout. Safe to repeat."""
@@ -99,7 +99,7 @@ class Child:
             kill_group(self.pid, signal.SIGTERM)
             # A stopped (SIGSTOP) child cannot act on TERM; CONT must follow it, not precede it.
             kill_group(self.pid, signal.SIGCONT)
-            self._timer = self._loop.call_later(self._stop_timeout, lambda: self.kill(why))
+            self._timer = self._loop.call_later(self._launch.stop_timeout, lambda: self.kill(why))
 
     def kill(self, why: str) -> None:
         """Kill its tree now. The first `why` counts."""
@@ -107,22 +107,15 @@ class Child:
             self.state = move(CHILD_MOVES, self.state, ChildState.KILLED)
             self._stopped = self._stopped or why
             self._cancel_timer()
-            kill_tree(self.pid)
+            self._kill_tree()
 
     def on_exit(self, status: int, usage: resource.struct_rusage) -> None:
         """The kernel says that it has exited. Its number may be given to another one now."""
         self.state = move(CHILD_MOVES, self.state, ChildState.EXITED)
         self._cancel_timer()
-        # vfork(2): the child began in our memory, and our peak is what its own began with.
-        own_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        self._exit = Exit(
-            code=os.WEXITSTATUS(status) if os.WIFEXITED(status) else None,
-            signal=os.WTERMSIG(status) if os.WIFSIGNALED(status) else None,
-            core=os.WCOREDUMP(status),
-            cpu_seconds=usage.ru_utime + usage.ru_stime,
-            memory_peak=usage.ru_maxrss * 1024 if usage.ru_maxrss > own_peak else None,
-            stopped=self._stopped,
-        )
+        self._exited = self._loop.now()
+        self._status = status
+        self._usage = usage
         if self.output.drained:
             self._end()
         else:
@@ -130,10 +123,13 @@ class Child:
 
     def close(self) -> None:
         """Kill it and let go of it; nobody is told."""
-        if self._exit is None:
-            kill_tree(self.pid)
+        if self._usage is None:
+            self._kill_tree()
         self._cancel_timer()
         self._kill_rest()
+        if self._group is not None:
+            self._group.kill()
+            self._on_left(self._group)
         self.output.close()
         if self._notify is not None:
             self._notify.close()
@@ -144,26 +140,88 @@ class Child:
             self._end()
 
     def _end(self) -> None:
-        assert self._exit is not None
-        self.state = move(CHILD_MOVES, self.state, ChildState.ENDED)
+        """It has exited, and drained or had the time for it: now what it left behind."""
+        self.state = move(CHILD_MOVES, self.state, ChildState.CLEARING)
         self._cancel_timer()
         self.output.cut()
-        self._kill_rest()
+        if not self._launch.leave_children:
+            self._kill_rest()
+        group = self._group
+        if group is None:
+            self._finish()
+            return
+        self._spent = group.usage()
+        if group.remove():
+            self._finish()
+        elif self._launch.leave_children:
+            self._on_left(group)
+            self._finish()
+        else:
+            # The outcome waits for them, or the next attempt would run beside them.
+            group.kill()
+            self._watch = group.watch(self._loop, self._on_empty)
+            self._timer = self._loop.call_later(KILL_PATIENCE, self._on_immortal)
+
+    def _on_empty(self) -> None:
+        assert self._group is not None
+        self._spent = self._group.usage()
+        if not self._group.remove():
+            self._on_left(self._group)
+        self._finish()
+
+    def _on_immortal(self) -> None:
+        assert self._group is not None
+        log.warning("%s: was killed, and still has processes", self._group.path)
+        self._on_left(self._group)
+        self._finish()
+
+    def _finish(self) -> None:
+        self.state = move(CHILD_MOVES, self.state, ChildState.ENDED)
+        self._cancel_timer()
         if self._notify is not None:
             self._notify.read_rest()
             self._notify.close()
-        self._on_over(self, self._exit)
+        self._on_over(self, self._exit())
+
+    def _exit(self) -> Exit:
+        status, usage, spent = self._status, self._usage, self._spent
+        assert usage is not None
+        # vfork(2): the child began in our memory, and our peak is what its own began with.
+        own_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peak = usage.ru_maxrss * 1024 if usage.ru_maxrss > own_peak else None
+        cpu_seconds = usage.ru_utime + usage.ru_stime
+        return Exit(
+            code=os.WEXITSTATUS(status) if os.WIFEXITED(status) else None,
+            signal=os.WTERMSIG(status) if os.WIFSIGNALED(status) else None,
+            core=os.WCOREDUMP(status),
+            cpu_seconds=spent.cpu_seconds if spent is not None else cpu_seconds,
+            memory_peak=spent.memory_peak if spent and spent.memory_peak is not None else peak,
+            stopped=self._stopped,
+            oom=spent is not None and spent.oom_kills > 0,
+            wall_seconds=self._exited - self._started,
+        )
+
+    def _kill_tree(self) -> None:
+        if self._group is not None:
+            self._group.kill()
+            # It may have gone elsewhere, where its user may write.
+            kill_group(self.pid, signal.SIGKILL)
+        else:
+            kill_tree(self.pid)
 
     def _kill_rest(self) -> None:
         # A group's number is not given away while the group has a member. So if there is a
         # process of this number, its leader being reaped, the group has died out before.
-        if self._exit is not None and not exists(self.pid):
+        if self._usage is not None and not exists(self.pid):
             kill_group(self.pid, signal.SIGKILL)
 
     def _cancel_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        if self._watch is not None:
+            self._watch.close()
+            self._watch = None
 
 
 class Children:
@@ -176,13 +234,15 @@ class Children:
         *,
         notify_directory: Path | None,
         guardian: Guardian | None = None,
+        groups: Groups | None = None,
     ) -> None:
         self._loop = loop
         self._outlet = Outlet(loop, sink)
+        self._groups = groups
+        self._left: dict[Group, Watch] = {}  # in which somebody lives on
         self._guardian = guardian
         self._notify_directory = notify_directory
         self._numbers = itertools.count(1)
-        self._uid = os.getuid()
         self._children: set[Child] = set()
         self._by_pid: dict[int, Child] = {}  # not reaped yet
         if notify_directory is not None:
@@ -208,54 +268,22 @@ class Children:
 
         Raises SpawnError, and then nothing is left and nobody is called.
         """
-        opened: list[int] = []
-        socket: NotifySocket | None = None
-        environment = launch.environment
-        try:
-            opened.append(memfd(launch.payload))
-            opened += os.pipe()
-            opened += os.pipe()
-            stdin, stdout, child_stdout, stderr, child_stderr = opened
-            os.set_blocking(stdout, False)
-            os.set_blocking(stderr, False)
-            if self._notify_directory is not None:
-                path = f"{notify.mark(self._notify_directory)}{next(self._numbers)}"
-                socket = NotifySocket(self._loop, path, uid=self._uid, on_notify=on_notify)
-                environment = {**environment, "NOTIFY_SOCKET": path}
-            pid = spawn(
-                launch.argv,
-                environment,
-                stdin=stdin,
-                stdout=child_stdout,
-                stderr=child_stderr,
-                directory=launch.directory,
-            )
-        except (OSError, SpawnError) as error:
-            for fd in opened:
-                os.close(fd)
-            if socket is not None:
-                socket.close()
-            if isinstance(error, SpawnError):
-                raise
-            # Short of descriptors, memory or room for the socket: not the command's fault.
-            lack = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-            raise SpawnError(f"{launch.argv[0]}: not started: {lack}", passing=True) from None
-        for fd in (stdin, child_stdout, child_stderr):
-            os.close(fd)
+        path = None
+        if self._notify_directory is not None:
+            path = f"{notify.mark(self._notify_directory)}{next(self._numbers)}"
+        born = bear(self._loop, launch, groups=self._groups, notify_path=path, on_notify=on_notify)
         if self._guardian is not None:
-            self._guardian.add(pid)
+            self._guardian.add(born.pid)
         child = Child(
             self._loop,
             self._outlet,
             launch,
-            pid,
-            stdout=stdout,
-            stderr=stderr,
-            notify=socket,
+            born,
+            on_left=self._on_left,
             on_over=partial(self._on_over, on_end),
         )
         self._children.add(child)
-        self._by_pid[pid] = child
+        self._by_pid[born.pid] = child
         return child
 
     def reap(self) -> None:
@@ -281,9 +309,28 @@ class Children:
             child.close()
         self._children.clear()
         self._by_pid.clear()
+        left, self._left = self._left, {}
+        for watch in left.values():
+            watch.close()
+        for group in left:
+            group.kill()
+        for group in left:
+            group.wait(KILL_PATIENCE)
+            group.remove()
+        if self._groups is not None:
+            self._groups.close()
         self._outlet.close()
         if self._guardian is not None:
             self._guardian.close()
+
+    def _on_left(self, group: Group) -> None:
+        """Somebody lives on in it; remove it when it is empty."""
+
+        def on_empty() -> None:
+            del self._left[group]
+            group.remove()
+
+        self._left[group] = group.watch(self._loop, on_empty)
 
     def _on_over(self, on_end: Callable[[Exit], None], child: Child, exit: Exit) -> None:
         self._children.remove(child)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from taskd.config.command import base_environment, locate
+from taskd.config.limits import group_files
 from taskd.config.references import References, Undeclared
 from taskd.config.schema import SECTIONS, Config, Kind, Option, Queue, Settings, Task, options
 from taskd.config.tokens import Section, tokenize
@@ -199,6 +200,7 @@ class _Reading:
         values = draft.values
         base = base_environment(self._environ, values.get("environment", {}))
         values["environment_base"] = base
+        values["group_files"] = group_files(values)
         if values["command"] and "environment" not in draft.failed:
             try:
                 values["command"] = locate(values["command"], base["PATH"])

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from taskd.config import values
+from taskd.config import limits, values
 from taskd.config.command import Command, compile_command, escape_braces
 from taskd.config.values import nearest, quoted, suggestion
 
@@ -165,6 +165,8 @@ _SPAN = Kind(values.parse_span, values.format_span)
 _LONG_SPAN = Kind(values.parse_long_span, values.format_span)
 _LIMIT = Kind(values.parse_limit, values.format_span, none="infinity")
 _SIZE = Kind(values.parse_size, values.format_size)
+_WEIGHT = Kind(limits.parse_weight)
+_QUOTA = Kind(limits.parse_quota, limits.format_percent)
 _FILE = Kind(values.parse_readable_file)
 _DIRECTORY = Kind(lambda text: str(values.parse_absolute(text)))
 _NAMES = Kind(values.parse_names, ", ".join)
@@ -279,8 +281,16 @@ class Task:
     retry_delay_max: float = field(default=3600.0, metadata=_option(_SPAN))
     crash_limit: int | None = field(default=None, metadata=_option(_COUNT))
     allow_dash: bool = field(default=False, metadata=_option(_BOOLEAN))
+    leave_children: bool = field(default=False, metadata=_option(_BOOLEAN))
+    memory_max: int | None = field(default=None, metadata=_option(_SIZE))
+    memory_high: int | None = field(default=None, metadata=_option(_SIZE))
+    cpu_weight: int | None = field(default=None, metadata=_option(_WEIGHT))
+    cpu_quota: float | None = field(default=None, metadata=_option(_QUOTA))
+    pids_max: int | None = field(default=None, metadata=_option(_COUNT))
+    io_weight: int | None = field(default=None, metadata=_option(_WEIGHT))
     # Not options: what follows from them.
     environment_base: dict[str, str] = field(default_factory=dict, repr=False)
+    group_files: dict[str, str] = field(default_factory=dict)  # of a job's cgroup
 
     @property
     def path(self) -> str:

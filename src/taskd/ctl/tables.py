@@ -251,6 +251,7 @@ VIEWS = {"jobs": _JOBS, "attempts": _ATTEMPTS, "queues": _QUEUES, "tasks": _TASK
 def draw_job(job: Row) -> None:
     """One job: what is known, its attempts, and the end of what it said."""
     memory, cpu = job.get("memory_peak"), job.get("cpu_seconds")
+    waited = job.get("waited_seconds")
     code, signal = job.get("exit_code"), job.get("signal")
     draw_pairs(
         (
@@ -264,6 +265,7 @@ def draw_job(job: Row) -> None:
             ("submitted", clock(job.get("submitted_at"))),
             ("started", clock(job.get("started_at"))),
             ("finished", clock(job.get("finished_at"))),
+            ("waited", "" if waited is None else span(waited)),
             ("took", took(job)),
             ("exit code", "" if code is None else str(code)),
             ("signal", "" if signal is None else str(signal)),

@@ -64,6 +64,7 @@ class _Watch:
 class Loop:
     READ = select.EPOLLIN
     WRITE = select.EPOLLOUT
+    PRIORITY = select.EPOLLPRI  # what files of the kernel report that have changed
     # An error or a hang-up is reported as readable and writable: reading or writing tells more.
     ERROR = 0
 

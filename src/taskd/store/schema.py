@@ -148,6 +148,9 @@ def _outcome() -> list[sa.Column[Any]]:
         sa.Column("signal", sa.Integer),
         sa.Column("cpu_seconds", sa.Float(53)),
         sa.Column("memory_peak", sa.BigInteger),
+        # How long the attempt ran, and how long it had been due when it started.
+        sa.Column("wall_seconds", sa.Float(53)),
+        sa.Column("waited_seconds", sa.Float(53)),
         sa.Column("output_tail", _BINARY),
     ]
 
@@ -256,23 +259,26 @@ for _dialect, _sql in _CLAIMS.items():
 Migration = Callable[[Connection], None]
 
 
-def _second(connection: Connection) -> None:
+def _to_version_2(connection: Connection) -> None:
+    for table in jobs, attempts:
+        _add_columns(connection, table)
     daemons.create(connection, checkfirst=True)
     if connection.dialect.name in _CLAIMS:
         connection.exec_driver_sql(_CLAIMS[connection.dialect.name])
-    if not _has(connection, "acknowledged"):
-        connection.exec_driver_sql(
-            "ALTER TABLE jobs ADD COLUMN acknowledged BOOLEAN DEFAULT false NOT NULL"
-        )
 
 
-def _has(connection: Connection, column: str) -> bool:
-    return any(each["name"] == column for each in sa.inspect(connection).get_columns(jobs.name))
+def _add_columns(connection: Connection, table: sa.Table) -> None:
+    """Those that it has here and not in the database."""
+    there = {column["name"] for column in sa.inspect(connection).get_columns(table.name)}
+    for column in table.columns:
+        if column.name not in there:
+            declared = sa.schema.CreateColumn(column).compile(dialect=connection.dialect)
+            connection.exec_driver_sql(f"ALTER TABLE {table.name} ADD COLUMN {declared}")
 
 
 # MIGRATIONS[0] takes a database from version 1 to version 2, and so on. MariaDB commits each
 # change of a table by itself, so that a step may find a part of its work done.
-MIGRATIONS: tuple[Migration, ...] = (_second,)
+MIGRATIONS: tuple[Migration, ...] = (_to_version_2,)
 
 
 def prepare(connection: Connection, *, migrations: Sequence[Migration] = MIGRATIONS) -> None:

@@ -36,6 +36,7 @@ class Job:
         "child",
         "crashes",
         "delivery",
+        "due_at",
         "exit",
         "fields",
         "finished_at",
@@ -76,6 +77,7 @@ class Job:
         # Attempts that the daemon's own death ended; None where no earlier attempt is recorded.
         self.crashes: int | None = None
         self.submitted_at = delivery.submitted_at or now  # Unix time
+        self.due_at = self.submitted_at  # Unix time, of this attempt
         self.started_at = 0.0  # Unix time, of this attempt
         self.finished_at = 0.0
         self.started = 0.0  # the loop's clock
@@ -106,6 +108,8 @@ class Job:
             case "timeout":
                 assert self.task.timeout is not None
                 return self.fail(f"timeout after {format_span(self.task.timeout)}", jitter)
+        if exit.oom and exit.code != 0:
+            return self.fail("out-of-memory", jitter)
         if exit.signal is not None:
             return self.fail(f"signal {exit.signal}", jitter)
         if exit.code == 0:

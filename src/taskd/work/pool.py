@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from taskd.children.child import Children, Exit, Launch
+from taskd.children.child import Children, Exit
 from taskd.children.output import Output
 from taskd.config.schema import Config
 from taskd.errors import Rejected, RequestError, SpawnError, StoreAway
@@ -26,6 +26,7 @@ from taskd.store import statements
 from taskd.store.recorder import Recorder, Write
 from taskd.work import message, story
 from taskd.work.adoption import Lost
+from taskd.work.attempt import launch
 from taskd.work.job import Job, Outcome
 from taskd.work.rejections import Rejections
 from taskd.work.rows import Rows
@@ -283,19 +284,9 @@ class Pool:
             self._spawn(job)
 
     def _spawn(self, job: Job) -> None:
-        task = job.task
-        fields = story.fields(job)
-        launch = Launch(
-            argv=job.argv,
-            environment={**task.environment_base, **fields},
-            directory=task.directory,
-            payload=job.delivery.body,
-            fields=fields,
-            stop_timeout=task.stop_timeout,
-        )
         try:
             child = self._children.start(
-                launch,
+                launch(job, story.fields(job)),
                 on_end=partial(self._on_end, job),
                 on_notify=partial(self._speech.on_notify, job),
             )
@@ -308,8 +299,8 @@ class Pool:
                 self._conclude(job, job.fail(str(error), random.random()))
             return
         job.child = child
-        if task.timeout is not None:
-            job.timeout = self._loop.call_later(task.timeout, partial(child.stop, "timeout"))
+        if job.task.timeout is not None:
+            job.timeout = self._loop.call_later(job.task.timeout, partial(child.stop, "timeout"))
         self._move(job, JobPhase.RUNNING)
         self._story.started(job, child.pid)
         if not self._begun:

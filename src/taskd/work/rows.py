@@ -30,7 +30,9 @@ class Rows:
             job.attempt, job.retries = row["attempt"], row["retries"]
         job.crashes = row["crashes"] if isinstance(row["crashes"], int) else 0
         if isinstance(row["submitted_at"], datetime):
-            job.submitted_at = unix_time(row["submitted_at"])
+            job.submitted_at = job.due_at = unix_time(row["submitted_at"])
+        if isinstance(row["run_after"], datetime):
+            job.due_at = unix_time(row["run_after"])
 
     def time_left(self, row: Mapping[str, Any]) -> float:
         """Seconds until a job that waits for its retry is due."""
@@ -70,6 +72,8 @@ class Rows:
             "signal": exit.signal if exit is not None else None,
             "cpu_seconds": exit.cpu_seconds if exit is not None else None,
             "memory_peak": exit.memory_peak if exit is not None else None,
+            "wall_seconds": exit.wall_seconds if exit is not None else None,
+            "waited_seconds": max(0.0, job.started_at - job.due_at) if job.started_at else None,
             "output_tail": job.child.output.tail() if job.child is not None else b"",
         }
         return Write(

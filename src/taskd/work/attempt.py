@@ -1,0 +1,31 @@
+"""An attempt as something to start: what the task says, with this job in it."""
+
+import hashlib
+import re
+from collections.abc import Mapping
+
+from taskd.children.birth import Launch
+from taskd.work.job import Job
+
+_SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
+
+
+def safe_name(id: str) -> str:
+    """A job's id where it names a file or a cgroup."""
+    return id if _SAFE.fullmatch(id) else hashlib.sha256(id.encode("utf-8", "replace")).hexdigest()
+
+
+def launch(job: Job, fields: Mapping[str, str]) -> Launch:
+    """`fields` name the attempt, in its journal entries and in its environment."""
+    task = job.task
+    return Launch(
+        argv=job.argv,
+        environment={**task.environment_base, **fields},
+        directory=task.directory,
+        payload=job.delivery.body,
+        fields=dict(fields),
+        stop_timeout=task.stop_timeout,
+        group=f"{safe_name(job.id)}.{job.attempt}",
+        limits=task.group_files,
+        leave_children=task.leave_children,
+    )
