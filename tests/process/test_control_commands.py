@@ -194,6 +194,14 @@ def test_dead_letters_are_retried_each_by_itself(asked: Asked) -> None:
     assert asked.daemon.jobs_by_id["c"].row["state"] == "queued"
 
 
+def test_dead_letters_are_chosen_by_task_and_age(asked: Asked) -> None:
+    asked.daemon.add("a", state="failed")
+    words = ("DEAD", "RETRYALL", "TASK", "build", "OLDER", "2h", "YOUNGER", "1d")
+    assert asked.json(*words) == [{"id": "a", "result": "a"}]
+    assert asked.daemon.called == ["chosen build 7200.0 86400.0"]
+    assert "soon" in asked.refusal("DEAD", "RETRYALL", "OLDER", "soon")
+
+
 def test_short_verbs_answer_in_a_word(asked: Asked) -> None:
     asked.daemon.add("a")
     assert asked.words("CANCEL", "a") == b"cancelled"

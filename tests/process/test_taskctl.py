@@ -106,6 +106,14 @@ def test_more_dead_letters_than_one_request_takes_are_retried(ctl: Ctl) -> None:
     assert ctl.out("dead", "retry", *ids).splitlines() == [f"{id}: queued again" for id in ids]
 
 
+def test_dead_letters_are_retried_by_what_they_are(ctl: Ctl) -> None:
+    ctl.daemon.add("a", state="failed")
+    out = ctl.out("dead", "retry", "--task", "build", "--younger-than", "1h")
+    assert out == "a: queued again\n"
+    assert ctl.daemon.called == ["chosen build None 3600.0"]
+    assert ctl.out("dead", "retry", "--all") == ""
+
+
 def test_reload_prints_what_changes(ctl: Ctl) -> None:
     changes = "task build: timeout 30min, was 20min\nqueue mails: new\n"
     assert ctl.out("reload") == changes

@@ -13,7 +13,7 @@ from taskd.queues import embedded
 from taskd.queues.delivery import Message
 from taskd.queues.embedded import shares
 from taskd.states import JobState, LinkState
-from taskd.store import statements
+from taskd.store import dead, statements
 from taskd.store.schema import now
 from taskd.store.statements import Unnamed
 from tests.support.embedded import Taken
@@ -357,7 +357,7 @@ def test_what_is_sent_back_is_delivered_again(store: Store, no_look: None) -> No
     store.write(queued("1"), ended("1", state=JobState.FAILED, dead=True))
     taken = Taken(store)
     taken.queue.consume(True)
-    store.ask(partial(statements.send_back, id="1", queues={"q": True}))
+    store.ask(partial(dead.send_back, ids=["1"], queues={"q": True}))
     said: list[str | None] = []
     taken.queue.resubmit(Message(id="1", task="build", body=b""), said.append)
     taken.wait_for("1")

@@ -11,7 +11,7 @@ from sqlalchemy import exc
 from sqlalchemy.engine import Connection
 
 from taskd.states import JobState, StoreState
-from taskd.store import schema, statements
+from taskd.store import dead, schema, statements
 from taskd.store.recorder import Write
 from tests.support.servers import DRIVERS, SharedStore
 from tests.support.store import Store, ended, is_away, listening, queued, started
@@ -107,14 +107,14 @@ def test_every_question_is_answered(store: Store, shared_store: SharedStore) -> 
     asks(store, statements.release, claims={"1": 0, "theirs": 0}, daemon_id="me")
     assert asks(store, statements.cancel, id="theirs")["state"] == "cancelled"
     store.write(started("1", claimed_by="me"), ended("1", state=JobState.FAILED, dead=True))
-    assert [row["id"] for row in asks(store, statements.dead)] == ["1"]
+    assert [row["id"] for row in asks(store, dead.letters)] == ["1"]
     assert asks(store, statements.job, id="1")["attempts"][0]["state"] == "succeeded"
     found = asks(store, statements.find, ids=["1", "none", "\ud800"], daemon_id="me")
     assert found.keys() == {"1"}
     assert [row["id"] for row in asks(store, statements.jobs, state="failed")] == ["1"]
     assert sorted(asks(store, statements.counts)) == [("cancelled", "q", 1), ("failed", "q", 1)]
-    was, now = asks(store, statements.send_back, id="1", queues={"q": True})
-    assert (was["state"], now["state"]) == ("failed", "queued")
+    row = asks(store, dead.send_back, ids=["1"], queues={"q": True})["1"]
+    assert (row["was"]["state"], row["state"]) == ("failed", "queued")
     later = schema.unix_time(schema.now()) + 60
     assert asks(store, statements.expire, before=later) == (1, None)
     assert asks(store, statements.counts) == [("queued", "q", 1)]

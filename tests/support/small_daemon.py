@@ -178,6 +178,22 @@ class SmallDaemon:
             self._change(job, JobState.QUEUED)
             then(id)
 
+    def revive(self, ids: list[str], then: Then[dict[str, RequestError | None]]) -> None:
+        outcomes: dict[str, RequestError | None] = {}
+        for id in ids:
+            try:
+                self.retry(id, lambda answer, id=id: outcomes.update({id: _refusal(answer)}))
+            except RequestError as error:
+                outcomes[id] = error
+        then(outcomes)
+
+    def chosen_dead(
+        self, task: str | None, older: float | None, younger: float | None, then: Then[list[str]]
+    ) -> None:
+        self.called.append(f"chosen {task} {older} {younger}")
+        rows = [job.row for job in self.jobs_by_id.values() if job.row["state"] == "failed"]
+        then([row["id"] for row in rows if task in (None, row["task"])])
+
     def output(self, id: str, offset: int, follow: bool, then: Then[Piece]) -> None:
         self.asked += 1
         job = self.jobs_by_id.get(id)
@@ -219,3 +235,7 @@ class SmallDaemon:
 
     def shutdown(self) -> None:
         self.called.append("shutdown")
+
+
+def _refusal(answer: object) -> RequestError | None:
+    return answer if isinstance(answer, RequestError) else None

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from taskd.states import JobState
-from taskd.store import schema, statements
+from taskd.store import dead, schema, statements
 from taskd.store.batch import Write, Writer, fold
 from taskd.store.database import Database
 from taskd.store.schema import now
@@ -259,31 +259,36 @@ def test_a_finished_job_is_sent_back_with_all_its_retries(table: Table) -> None:
         started("1", attempt=4),
         ended("1", attempt=4, state=JobState.FAILED, reason="exit 1", retries=3, dead=True),
     )
-    change = statements.send_back(table.connection, id="1", queues={"q": True})
-    assert isinstance(change, tuple)
-    old, row = change
-    assert (old["state"], old["reason"], old["dead"]) == ("failed", "exit 1", True)
+    before = table.one("1")
+    row = dead.send_back(table.connection, ids=["1"], queues={"q": True})["1"]
+    assert isinstance(row, dict)
     assert (row["payload"], row["attempt"], row["queue"]) == (b"{}", 4, "q")
     after = table.one("1")
     assert (after["state"], after["retries"], after["dead"]) == ("queued", 0, False)
     assert (after["reason"], after["finished_at"]) == (None, None)
+    dead.put_back(table.connection, row=row)
+    assert table.one("1") == before
+    again = dead.send_back(table.connection, ids=["1"], queues={"q": True})["1"]
     assert table.claim() == ["1"]
+    assert isinstance(again, dict)
+    dead.put_back(table.connection, row=again)  # too late: somebody has it
+    assert table.one("1")["state"] == "queued"
 
 
 def test_a_job_whose_message_a_broker_has_to_bring_may_be_sent_once_more(table: Table) -> None:
     table.write(queued("waits"))
-    change = statements.send_back(table.connection, id="waits", queues={"q": False})
-    assert isinstance(change, tuple)
+    change = dead.send_back(table.connection, ids=["waits"], queues={"q": False})
+    assert isinstance(change["waits"], dict)
 
 
 def test_what_cannot_be_sent_back_is_left_and_told_why(table: Table) -> None:
     table.write(queued("waits"), queued("gone", queue="old"), ended("gone"))
-    send_back = statements.send_back
-    said = send_back(table.connection, id="waits", queues={"q": True})
-    assert said == "job waits has not ended: it is queued"
-    said = send_back(table.connection, id="gone", queues={"q": True})
-    assert said == "job gone came by queue 'old', which is not configured"
-    assert send_back(table.connection, id="nobody", queues={"q": True}) is None
+    ids = ["waits", "gone", "nobody"]
+    assert dead.send_back(table.connection, ids=ids, queues={"q": True}) == {
+        "waits": "job waits has not ended: it is queued",
+        "gone": "job gone came by queue 'old', which is not configured",
+        "nobody": None,
+    }
     assert table.one("gone")["state"] == "succeeded"
 
 
@@ -384,8 +389,8 @@ def test_dead_letters_are_listed_the_last_first(table: Table) -> None:
         id = str(number)
         table.write(queued(id), ended(id, finished_at=now() + number * HOUR, dead=number != 1))
     with listening() as heard:
-        dead = statements.dead(table.connection, limit=5)
-    assert [row["id"] for row in dead] == ["2", "0"]
+        rows = dead.letters(table.connection, limit=5)
+    assert [row["id"] for row in rows] == ["2", "0"]
     assert table.plans(heard) == ["SCAN jobs USING INDEX jobs_dead"]
 
 

@@ -43,6 +43,8 @@ def test_help_tells_the_exit_codes_and_every_verb() -> None:
         ("resume", "builds", "--all"),
         ("submit", "build", "@/nonexistent/body"),
         ("dead", "retry"),
+        ("dead", "retry", "a", "--all"),
+        ("dead", "retry", "a", "--task", "build"),
     ],
 )
 def test_wrong_usage_exits_2(words: tuple[str, ...]) -> None:

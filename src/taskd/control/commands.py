@@ -9,9 +9,10 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
+from taskd.config.values import parse_span
 from taskd.control import answers, session
 from taskd.control.connection import Call, Verb
-from taskd.errors import ConfigError, RequestError, StoreAway
+from taskd.errors import ConfigError, RequestError
 from taskd.states import JobState
 
 T = TypeVar("T")
@@ -63,6 +64,14 @@ class Daemon(Protocol):
         """`then` gets "cancelled" or "cancelling"."""
 
     def retry(self, id: str, then: Then[str]) -> None: ...
+
+    def revive(self, ids: list[str], then: Then[dict[str, RequestError | None]]) -> None:
+        """Send back dead letters, and any job that has ended, each by itself."""
+
+    def chosen_dead(
+        self, task: str | None, older: float | None, younger: float | None, then: Then[list[str]]
+    ) -> None:
+        """The ids of the dead letters of a task, and of an age in seconds."""
 
     def output(self, id: str, offset: int, follow: bool, then: Then[Output]) -> None:
         """With `follow`, once there is something past `offset`, or nothing will come."""
@@ -190,39 +199,41 @@ def _output(daemon: Daemon, call: Call) -> None:
 
 def _dead(daemon: Daemon, call: Call) -> None:
     words = _Words(call)
-    if not words.take("RETRY"):
+    if words.take("RETRYALL"):
+        _revive_chosen(daemon, call, words)
+    elif words.take("RETRY"):
+        ids = [words.text("id")]
+        while words:
+            ids.append(words.text("id"))
+        daemon.revive(list(dict.fromkeys(ids)), call.then(partial(_on_revived, call)))
+    else:
         daemon.dead(_limit(words.options("LIMIT")), call.then(call.answer))
-        return
-    ids = [words.text("id")]
-    while words:
-        ids.append(words.text("id"))
-    _retry_all(daemon, call, ids)
 
 
-def _retry_all(daemon: Daemon, call: Call, ids: list[str]) -> None:
-    """Each by itself: one that can't be retried does not keep the others from it."""
-    outcomes: dict[str, Row] = {id: {} for id in ids}
+def _revive_chosen(daemon: Daemon, call: Call, words: "_Words") -> None:
+    options = words.options("TASK", "OLDER", "YOUNGER")
 
-    def on_result(id: str, result: str | Exception) -> None:
-        match result:
-            case RequestError() | StoreAway():
-                outcomes[id] = {"id": id, "error": str(result)}
-            case Exception():
-                raise result
-            case _:
-                outcomes[id] = {"id": id, "result": result}
-        if all(outcomes.values()):
-            call.answer(list(outcomes.values()))
+    def on_ids(ids: list[str]) -> None:
+        daemon.revive(ids, call.then(partial(_on_revived, call)))
 
-    for id in outcomes:
+    older, younger = (_span(options.get(key), key) for key in ("OLDER", "YOUNGER"))
+    daemon.chosen_dead(options.get("TASK"), older, younger, call.then(on_ids))
 
-        def then(result: str | Exception, id: str = id) -> None:
-            call.run(lambda: on_result(id, result))
 
-        try:
-            daemon.retry(id, then)
-        except RequestError as error:
-            then(error)
+def _on_revived(call: Call, outcomes: Mapping[str, RequestError | None]) -> None:
+    call.answer(
+        [
+            {"id": id, "result": id} if error is None else {"id": id, "error": str(error)}
+            for id, error in outcomes.items()
+        ]
+    )
+
+
+def _span(text: str | None, what: str) -> float | None:
+    try:
+        return parse_span(text) if text is not None else None
+    except ValueError as error:
+        raise RequestError(f"{what}: {error}") from None
 
 
 def _queues(daemon: Daemon, call: Call) -> None:
@@ -360,7 +371,12 @@ COMMANDS = (
         "what the last attempt said; with FOLLOW, once there is something past the offset",
         _output,
     ),
-    Command("DEAD", "[LIMIT n] | RETRY id ...", "dead letters; sends some back", _dead),
+    Command(
+        "DEAD",
+        "[LIMIT n] | RETRY id ... | RETRYALL [TASK t] [OLDER time] [YOUNGER time]",
+        "dead letters; sends some back",
+        _dead,
+    ),
     Command("QUEUES", "", "the queues and how they are", _queues),
     Command("TASKS", "", "the tasks", _tasks),
     Command("PAUSE", "name", "takes nothing more from a queue", _pause),

@@ -11,12 +11,12 @@ from typing import Any, Protocol, TypeVar
 
 from taskd.config.schema import Config, Queue, Task
 from taskd.control import report
+from taskd.control.letters import Letters
 from taskd.control.report import Reported
 from taskd.errors import Rejected, RequestError, StoreAway
 from taskd.queues.delivery import Delivery, Message
 from taskd.states import FINAL, JobState
 from taskd.store import statements
-from taskd.store.recorder import Write
 from taskd.work import message
 from taskd.work.events import Events
 from taskd.work.intake import PAUSED
@@ -58,6 +58,7 @@ class Desk:
         self._pool = daemon.pool
         self._intake = daemon.intake
         self._recorder = daemon.recorder
+        self._letters = Letters(daemon, self._ask)
         self.shutdown = daemon.shutdown
         self.drain = daemon.drain
         self.subscribe = daemon.events.subscribe
@@ -82,8 +83,8 @@ class Desk:
         self._ask(question, then, then)
 
     def dead(self, limit: int, then: Callable[[list[Row] | Exception], None]) -> None:
-        """The youngest jobs that lie in the dead letters."""
-        self._ask(partial(statements.dead, limit=limit), then, then)
+        """The youngest dead letters, at the brokers too."""
+        self._letters.all(limit, then)
 
     def job(self, id: str, then: Callable[[Row | Exception | None], None]) -> None:
         """One job with its attempts; what is alive of it is as of now."""
@@ -172,48 +173,29 @@ class Desk:
 
     def retry(self, id: str, then: Callable[[str | Exception], None]) -> None:
         """Send a job that has ended back to its queue; `then` gets its id."""
-        if id in self._pool.jobs:
-            raise RequestError(f"job {id} has not ended")
-        configured = self._daemon.config.queues.items()
-        queues = {name: queue.kind == "embedded" for name, queue in configured}
-        question = partial(statements.send_back, id=id, queues=queues)
-        self._ask(question, partial(self._send_back, id, then), then)
 
-    def _send_back(
+        def on_sent(outcomes: dict[str, RequestError | None]) -> None:
+            then(outcomes[id] or id)
+
+        self._letters.send_back([id], on_sent, then)
+
+    def revive(
         self,
-        id: str,
-        then: Callable[[str | Exception], None],
-        change: tuple[Row, Row] | str | None,
+        ids: list[str],
+        then: Callable[[dict[str, RequestError | None] | Exception], None],
     ) -> None:
-        """The row says queued again; a broker needs the message too."""
-        if change is None:
-            raise RequestError(f"there is no job {id!r}")
-        if isinstance(change, str):
-            raise RequestError(change)
-        old, row = change
-        if row["acknowledged"]:  # the broker knows nothing of it any more
-            self._intake.keep(row["queue"]).wake()
-            then(id)
-            return
-        priority = row["priority"]
-        sent = Message(
-            id=id,
-            task=row["task"],
-            body=row["payload"] or b"",
-            attempt=row["attempt"],
-            priority=priority if isinstance(priority, int) else None,
-        )
+        """Send jobs, or letters that have no job, back to their queues, each by itself."""
+        self._letters.send_back(ids, then, then)
 
-        def on_sent(reason: str | None) -> None:
-            if reason is None:
-                then(id)
-                return
-            # Nobody will run it, so it is again what it was.
-            changed = ("state", "reason", "finished_at", "run_after", "retries", "crashes", "dead")
-            self._recorder.write(Write({"id": id, **{name: old[name] for name in changed}}))
-            then(RequestError(reason))
-
-        self._intake.source(row["queue"]).resubmit(sent, on_sent)
+    def chosen_dead(
+        self,
+        task: str | None,
+        older: float | None,
+        younger: float | None,
+        then: Callable[[list[str] | Exception], None],
+    ) -> None:
+        """The ids of the dead letters of a task, and of an age in seconds."""
+        self._letters.chosen(task, older, younger, then)
 
     def _ask(
         self,

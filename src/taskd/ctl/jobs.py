@@ -206,12 +206,33 @@ def dead(context: click.Context, limit: int) -> None:
 
 
 @dead.command("retry")
-@click.argument("ids", metavar="ID...", nargs=-1, required=True)
+@click.argument("ids", metavar="[ID...]", nargs=-1)
+@click.option("--task", shell_complete=names_of("TASKS"), help="Those of this task.")
+@click.option("--older-than", metavar="TIME", help="Those that died longer ago, such as 2h.")
+@click.option("--younger-than", metavar="TIME", help="Those that died since then.")
+@click.option("--all", "everything", is_flag=True, help="All of them.")
 @shared
 @pass_session
-def dead_retry(session: Session, ids: tuple[str, ...]) -> None:
-    """Send dead letters back to their queues."""
+def dead_retry(
+    session: Session,
+    ids: tuple[str, ...],
+    task: str | None,
+    older_than: str | None,
+    younger_than: str | None,
+    everything: bool,
+) -> None:
+    """Send dead letters back to their queues: these, or all that the options name.
+
+    A letter is removed from the dead letters when its message is safe in its queue.
+    """
+    given = {"TASK": task, "OLDER": older_than, "YOUNGER": younger_than}
+    words = [word for key, value in given.items() if value is not None for word in (key, value)]
+    if bool(ids) == (everything or bool(words)):
+        raise click.UsageError("give IDs, or options that name letters, or --all")
     connection = session.connect()
+    if not ids:
+        _tell_results(session, connection.ask_json("DEAD", "RETRYALL", *words))
+        return
     results: list[dict[str, Any]] = []
     for start in range(0, len(ids), IDS_PER_REQUEST):
         batch = ids[start : start + IDS_PER_REQUEST]

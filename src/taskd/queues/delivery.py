@@ -42,6 +42,22 @@ class Delivery:
 
 
 @dataclass(frozen=True, slots=True)
+class Letter:
+    """A dead letter, as one lies at a broker."""
+
+    delivery: Delivery
+    reason: str | None
+    origin: str | None  # the broker's name of the queue that it was taken from
+    died_at: float | None  # Unix time
+
+
+# Shown each letter, gives the attempts made so far if it is to go back to its queue.
+Look = Callable[[Letter], int | None]
+# A letter is safe in its queue and no letter any more; or why it could not be.
+OnSent = Callable[[Letter, str | None], None]
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
     """A message to be put on a queue by us."""
 
@@ -88,6 +104,9 @@ class Source(Protocol):
 
     def resubmit(self, message: Message, then: Callable[[str | None], None]) -> None:
         """As `submit`, for a job whose row already says that it is queued again."""
+
+    def visit(self, look: Look, on_sent: OnSent, then: Callable[[str | None], None]) -> None:
+        """Show each of the queue's dead letters to `look`; at the end what went wrong."""
 
     def status(self) -> dict[str, Any]:
         """For QUEUES and STATUS: at least `state` (states.LinkState) and `reason`."""

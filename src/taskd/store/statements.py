@@ -16,7 +16,7 @@ import sqlalchemy as sa
 from sqlalchemy import exc
 from sqlalchemy.engine import Connection
 
-from taskd.states import FINAL, AttemptState, JobState
+from taskd.states import AttemptState, JobState
 from taskd.store import leases, schema
 from taskd.store.question import changes
 from taskd.store.schema import cleaned, now
@@ -105,13 +105,6 @@ def jobs(
     return [dict(row) for row in connection.execute(statement).mappings()]
 
 
-def dead(connection: Connection, *, limit: int = 100) -> list[Row]:
-    """The jobs that lie in the dead letters, the last first, without payload and output."""
-    newest = _job.finished_at.desc()
-    statement = sa.select(*SUMMARY).where(schema.dead).order_by(newest).limit(_most(limit))
-    return [dict(row) for row in connection.execute(statement).mappings()]
-
-
 def counts(connection: Connection) -> list[tuple[str, str | None, int]]:
     """How many jobs there are: (state, queue, number)."""
     by = _job.state, _job.queue
@@ -144,38 +137,6 @@ def cancel(connection: Connection, *, id: str) -> Row | None:
         .values(state=JobState.CANCELLED.value, reason="cancelled", finished_at=now())
     )
     return _one(connection, sa.select(*SUMMARY), id)
-
-
-@changes
-def send_back(
-    connection: Connection, *, id: str, queues: Mapping[str, bool]
-) -> tuple[Row, Row] | str | None:
-    """Queue a job that has ended again. Its retries begin anew, its attempts count on.
-
-    Its row as it was and as it is; or a sentence that says why not; or None if there is no such
-    job. `queues`: those there are, and whether each is the store itself.
-    """
-    row = _one(connection, sa.select(schema.jobs).with_for_update(), id)
-    if row is None:
-        return None
-    if row["queue"] not in queues:
-        return f"job {id} came by queue {row['queue']!r}, which is not configured"
-    # The message of a job that a broker has to bring may be lost: then people send it again.
-    awaited = row["state"] == JobState.QUEUED and not queues[row["queue"]]
-    if row["state"] not in FINAL and not awaited:
-        return f"job {id} has not ended: it is {row['state']}"
-    again = {
-        "state": JobState.QUEUED.value,
-        "reason": None,
-        "finished_at": None,
-        "run_after": None,
-        "retries": 0,
-        "crashes": 0,
-        "claimed_by": None,
-        "dead": False,
-    }
-    connection.execute(sa.update(schema.jobs).where(_job.id == row["id"]).values(again))
-    return row, {**row, **again}
 
 
 # For the embedded queue

@@ -172,6 +172,10 @@ class Intake:
 
     # Sources
 
+    @property
+    def names(self) -> list[str]:
+        return list(self._inlets)
+
     def source(self, name: str) -> Source:
         return self._chosen(name)[0].source
 

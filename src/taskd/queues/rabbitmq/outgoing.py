@@ -4,6 +4,7 @@ And the queues that are declared for them.
 """
 
 import math
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ ATTEMPT = "x-taskd-attempt"
 REASON = "x-taskd-reason"
 QUEUE = "x-taskd-queue"
 RETURNED = "x-taskd-returned"  # a copy that stands for a redelivery
+TIME = "x-taskd-time"  # when it died, Unix time
 REASON_MAX = 1024
 
 # RabbitMQ 4 drops a message after 20 returns if the queue does not say otherwise.
@@ -35,8 +37,8 @@ _NOT_COPIED = ("expiration", "user_id", "cluster_id")
 # CC and BCC send a message to further queues, where the original has been. x-death makes the
 # broker drop what it takes for a circle of dead letters. The counts are the original's own.
 _HEADERS_NOT_COPIED = ("CC", "BCC", "x-death", "x-delivery-count", "x-acquired-count")
-# What we said of the original ourselves.
-_OURS = (REASON, RETURNED)
+# What we said of the original ourselves; a copy says it anew.
+_OURS = (ATTEMPT, REASON, QUEUE, RETURNED, TIME)
 # A frame's own bytes, and those of a header frame before the properties.
 _FRAME_OVERHEAD = 8 + 12
 _SHORT_STRING_MAX = 255
@@ -77,7 +79,19 @@ def for_retry(original: Properties, id: str, attempt: int) -> Properties:
 
 def for_dead(original: Properties, id: str, attempt: int, reason: str, queue: str) -> Properties:
     cut = reason.encode("utf-8", "replace")[:REASON_MAX].decode("utf-8", "ignore")
-    return _copy(original, {REASON: cut, ATTEMPT: attempt, QUEUE: queue}, id)
+    at = int(time.time())
+    return _copy(original, {REASON: cut, ATTEMPT: attempt, QUEUE: queue, TIME: at}, id)
+
+
+def for_revival(original: Properties, attempt: int) -> Properties:
+    """A dead letter that goes back to its queue; `attempt` 0 is a fresh start."""
+    return _copy(original, {ATTEMPT: attempt}, None)
+
+
+def same(original: Properties) -> Properties:
+    """A dead letter as it was, but for the broker's own marks."""
+    headers = original.headers()
+    return _copy(original, {name: headers[name] for name in _OURS if name in headers}, None)
 
 
 def for_return(original: Properties, attempt: int, id: str | None) -> Properties:
@@ -119,7 +133,7 @@ def fitting(properties: Properties, frame_max: int) -> Properties:
     if not frame_max or len(properties) + _FRAME_OVERHEAD <= frame_max:
         return properties
     headers = properties.headers()
-    ours = {name: headers[name] for name in (REASON, ATTEMPT, QUEUE, RETURNED) if name in headers}
+    ours = {name: headers[name] for name in _OURS if name in headers}
     return properties.copy({}, headers=ours, without=("headers",))
 
 

@@ -18,9 +18,10 @@ from taskd import points
 from taskd.config.schema import Queue
 from taskd.config.values import format_span
 from taskd.kernel.loop import Loop, Timer
-from taskd.queues.delivery import RETURNS_MAX, Delivery, Message
-from taskd.queues.rabbitmq import outgoing
+from taskd.queues.delivery import RETURNS_MAX, Delivery, Look, Message, OnSent
+from taskd.queues.rabbitmq import incoming, outgoing
 from taskd.queues.rabbitmq.connection import Backoff, Broker
+from taskd.queues.rabbitmq.letters import Visit, Visits
 from taskd.queues.rabbitmq.placing import Copy, Placer
 from taskd.queues.rabbitmq.properties import Properties
 from taskd.queues.rabbitmq.publisher import (
@@ -34,10 +35,6 @@ from taskd.queues.rabbitmq.publisher import (
 from taskd.states import LinkState
 
 log = logging.getLogger(__name__)
-
-# A wall clock beyond this is no date in Python (year 10000).
-_DATE_MAX = 253402300800
-_ATTEMPTS_MAX = 2**31
 
 
 class RabbitQueue:
@@ -78,6 +75,7 @@ class RabbitQueue:
         self._returned: list[int] = []
         self._settling = 0  # settled by our owner, and not yet on their way to the broker
         self._publishing = 0  # replies and submissions without a confirm
+        self._visits = Visits()
         self._placer = Placer(
             self.name, broker, loop, on_placed=self._on_placed, on_change=self._tell
         )
@@ -268,28 +266,8 @@ class RabbitQueue:
     # Deliveries
 
     def _on_message(self, channel: Any, method: Any, properties: Properties, body: bytes) -> None:
-        headers = properties.headers()
-        tag = method.delivery_tag
-        own_id = headers.get("id")  # Celery's
-        delivery = Delivery(
-            queue=self.name,
-            body=body,
-            source=self,
-            token=(tag, properties),
-            id=properties.text("message_id") or (own_id if isinstance(own_id, str) else None),
-            task=properties.text("type") or None,
-            redelivered=method.redelivered or outgoing.RETURNED in headers,
-            returns=_count(headers.get("x-delivery-count"), _ATTEMPTS_MAX),
-            attempt=_count(headers.get(outgoing.ATTEMPT), _ATTEMPTS_MAX),
-            priority=properties.number("priority"),
-            reply_to=properties.text("reply_to") or None,
-            correlation_id=properties.text("correlation_id"),
-            submitted_at=_date(properties.number("timestamp")),
-            exchange=_text(method.exchange),
-            routing_key=_text(method.routing_key),
-            headers=headers,
-        )
-        self._open[tag] = delivery
+        delivery = incoming.delivery(self, method, properties, body)
+        self._open[method.delivery_tag] = delivery
         self._on_delivery(delivery)
 
     # Settlements
@@ -367,6 +345,14 @@ class RabbitQueue:
 
     # Other messages of ours
 
+    def visit(self, look: Look, on_sent: OnSent, then: Callable[[str | None], None]) -> None:
+        exchange, key = self._queue.dead_letter or ("", f"{self._key}.dead")
+        if exchange:
+            self._loop.add_callback(partial(then, None))  # nobody tells which queue that leads to
+        else:
+            visit = Visit(self, self._broker, self._loop, key, self._key, look, on_sent, then)
+            self._visits.add(visit)
+
     def reply(self, delivery: Delivery, body: bytes) -> None:
         original: Properties = delivery.token[1]
         key = original.raw("reply_to")
@@ -417,17 +403,3 @@ class RabbitQueue:
 
 def _ignore(_: object) -> None:
     pass
-
-
-def _count(value: Any, limit: int) -> int:
-    """What a header says, if that is a number one can count to."""
-    return value if type(value) is int and 0 <= value < limit else 0
-
-
-def _date(value: int | None) -> float | None:
-    return float(value) if value is not None and 0 < value < _DATE_MAX else None
-
-
-def _text(value: str | bytes) -> str:
-    """pika leaves a short string that is no UTF-8 as bytes."""
-    return value if isinstance(value, str) else value.decode("utf-8", "backslashreplace")

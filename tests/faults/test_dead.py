@@ -1,0 +1,157 @@
+"""Dead letters are a place to work in: listed wherever they lie, and sent back without a loss."""
+
+import json
+import sqlite3
+
+import pika
+
+from tests.faults.scene import EMBEDDED, scene
+from tests.support.waiting import wait_until
+
+
+def mend(it):
+    """From now on what failed succeeds."""
+    path = it.directory / "act"
+    path.write_text(path.read_text().replace("fail) exit 3", "fail) true"))
+
+
+def dead(it, count):
+    wait_until(lambda: len(it.taskd.ask("DEAD")) == count)
+    return {row["id"]: row for row in it.taskd.ask("DEAD")}
+
+
+def buried(it, *ids, **properties):
+    for id in ids:
+        it.publish({"task": "act", "kind": "fail"}, message_id=id, **properties)
+    wait_until(lambda: it.depth(".dead") == len(ids))
+
+
+def test_a_letter_goes_back_and_is_no_letter_any_more(tmp_path, url):
+    with scene(tmp_path, url) as it:
+        buried(it, "one", "two", headers={"theirs": "kept"}, correlation_id="c")
+        rows = dead(it, 2)
+        assert rows["one"]["reason"] == "exit 3"
+        mend(it)
+        assert it.taskd.ask("DEAD", "RETRY", "one") == [{"id": "one", "result": "one"}]
+        row = it.taskd.until("one", "succeeded")
+        # Its attempts count on.
+        assert (row["attempt"], row["dead"]) == (3, 0)
+        letters = it.take(".dead")
+        assert [properties.message_id for properties, _ in letters] == ["two"]
+        assert letters[0][0].headers["theirs"] == "kept"
+        # One whose letter is gone is sent back from its row.
+        assert it.taskd.ctl("dead", "retry", "two").out == "two: queued again\n"
+        it.taskd.until("two", "succeeded")
+        it.assert_whole(one="succeeded", two="succeeded")
+
+
+def test_letters_that_the_store_knows_nothing_of_are_listed_and_sent_back(tmp_path, url):
+    with scene(tmp_path, url) as it:
+        buried(it, "old")
+        # By the broker itself, or by a program of somebody's own.
+        for body, properties in (
+            ({"task": "hold"}, {"type": "act", "headers": {"x-taskd-reason": "long ago"}}),
+            ({"id": "in-its-body", "task": "act"}, {}),
+        ):
+            it.channel.basic_publish(
+                "", f"{it.name}.dead", json.dumps(body), pika.BasicProperties(**properties)
+            )
+        wait_until(lambda: it.depth(".dead") == 3)
+        it.taskd.stop()
+        it.taskd.database.unlink()  # the history is lost, or a month has passed
+        it.start()
+        mend(it)
+        rows = dead(it, 3)
+        assert (rows["old"]["reason"], rows["old"]["state"]) == ("exit 3", "unrecorded")
+        assert rows["old"]["finished_at"] is not None
+        strange = next(id for id in rows if id.startswith("letter-"))
+        assert (rows[strange]["task"], rows[strange]["reason"]) == ("act", "long ago")
+        answer = it.taskd.ask("DEAD", "RETRY", "old", strange, "in-its-body", "nobody")
+        assert [each.get("error") for each in answer[:3]] == [None, None, None]
+        assert "there is no job 'nobody'" in answer[3]["error"]
+        it.until_ended(3)
+        assert it.depth(".dead") == 0
+        assert {row["state"] for row in it.taskd.rows()} == {"succeeded"}
+
+
+def test_letters_are_chosen_by_task_and_age(tmp_path, url):
+    with scene(tmp_path, url) as it:
+        buried(it, "one", "two")
+        assert it.taskd.ask("DEAD", "RETRYALL", "TASK", "hold") == []
+        assert it.taskd.ask("DEAD", "RETRYALL", "OLDER", "1h") == []
+        mend(it)
+        ran = it.taskd.ctl("dead", "retry", "--task", "act", "--younger-than", "1h")
+        assert sorted(ran.out.split("\n")) == ["", "one: queued again", "two: queued again"]
+        it.until_ended(2)
+        assert it.depth(".dead") == 0
+        it.assert_whole(one="succeeded", two="succeeded")
+
+
+def test_what_the_broker_does_not_take_stays_a_letter_and_a_dead_row(tmp_path, url, rabbitmq):
+    with scene(tmp_path, url) as it:
+        buried(it, "one")
+        before = it.taskd.job("one")
+        assert it.taskd.ask("PAUSE", "work") == "OK"
+        it.channel.queue_delete(it.name)
+        [answer] = it.taskd.ask("DEAD", "RETRY", "one")
+        assert "there is no queue" in answer["error"]
+        assert it.depth(".dead") == 1
+        wait_until(lambda: it.taskd.job("one") == before)
+        assert dead(it, 1)["one"]["state"] == "failed"
+        # When the queue is there again it goes.
+        it.taskd.ask("RESUME", "work")
+        wait_until(lambda: it.depth() == 0)
+        it.until_up()
+        mend(it)
+        wait_until(lambda: "error" not in it.taskd.ask("DEAD", "RETRY", "one")[0])
+        it.taskd.until("one", "succeeded")
+        assert it.depth(".dead") == 0
+
+
+def test_looking_at_letters_does_not_wear_them_out(tmp_path, url):
+    """RabbitMQ drops what has come back more often than its queue allows: looking counts too."""
+    with scene(tmp_path, url) as it:
+        limit = {"x-queue-type": "quorum", "x-delivery-limit": 12}
+        it.channel.queue_declare(f"{it.name}.dead", durable=True, arguments=limit)
+        letter = pika.BasicProperties(headers={"x-taskd-reason": "long ago", "theirs": "kept"})
+        it.channel.basic_publish("", f"{it.name}.dead", b"{}", letter)
+        for _ in range(30):
+            wait_until(lambda: it.depth(".dead") == 1)
+            assert [row["reason"] for row in it.taskd.ask("DEAD")] == ["long ago"]
+        wait_until(lambda: it.depth(".dead") == 1)
+        [(properties, body)] = it.take(".dead")
+        assert (properties.headers["theirs"], body) == ("kept", b"{}")
+
+
+def test_a_death_between_the_row_and_the_message_leaves_a_letter_to_send(tmp_path, url):
+    with scene(tmp_path, url) as it:
+        buried(it, "one")
+        it.taskd.stop()
+    # As it would be left: the row is queued again, the letter not yet sent.
+    with scene(tmp_path, url) as other:
+        other.name = it.name
+        mend(other)
+        with sqlite3.connect(other.taskd.database) as store:
+            store.execute("UPDATE jobs SET state = 'queued', dead = 0")
+        path = other.taskd.config
+        lines = [
+            f"name = {it.name}" if line.startswith("name = ") else line
+            for line in path.read_text().splitlines()
+        ]
+        path.write_text("\n".join(lines))
+        assert other.taskd.ask("RELOAD")["ok"]
+        other.until_up()
+        assert dead(other, 1)["one"]["state"] == "queued"
+        assert other.taskd.ask("DEAD", "RETRY", "one") == [{"id": "one", "result": "one"}]
+        other.taskd.until("one", "succeeded")
+        assert other.depth(".dead") == 0
+
+
+def test_dead_rows_of_the_embedded_queue_go_back_too(tmp_path):
+    with scene(tmp_path, "embedded:", EMBEDDED) as it:
+        it.taskd.submit("act", {"kind": "fail"}, id="one")
+        it.taskd.until("one", "failed")
+        mend(it)
+        assert it.taskd.ask("DEAD", "RETRYALL") == [{"id": "one", "result": "one"}]
+        it.taskd.until("one", "succeeded")
+        assert it.taskd.ask("DEAD") == []
