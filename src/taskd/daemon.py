@@ -34,6 +34,7 @@ from taskd.service import Service
 from taskd.states import DAEMON_MOVES, DaemonState, StoreState, move
 from taskd.store.recorder import Recorder
 from taskd.store.retention import Retention
+from taskd.work.cancel import Cancelling
 from taskd.work.containment import Containment
 from taskd.work.events import Events
 from taskd.work.intake import Intake
@@ -118,14 +119,16 @@ class Daemon:
             groups=self.containment.groups,
         )
         self.events = Events()
+        story = Story(self.events, sink.encode)
         self.pool = Pool(
             self.loop,
             self.recorder,
             self.children,
             config,
             rows=Rows(host=self.host, daemon_id=daemon_id),
-            story=Story(self.events, sink.encode),
+            story=story,
         )
+        self.cancelling = Cancelling(self.pool, self.recorder, story)
         self.pool.on_settled = self._on_settled
         self.pool.on_no_spawn = self._on_no_spawn
         self.intake = Intake(

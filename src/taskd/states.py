@@ -123,6 +123,8 @@ DAEMON_MOVES: dict[DaemonState, frozenset[DaemonState]] = {
     DaemonState.STOPPED: frozenset(),
 }
 
+# A child that has not been reaped.
+ALIVE = frozenset({ChildState.RUNNING, ChildState.STOPPING, ChildState.KILLED})
 FINAL = frozenset({JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED, JobState.REJECTED})
 
 S = TypeVar("S", bound=StrEnum)

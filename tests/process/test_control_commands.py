@@ -1,6 +1,8 @@
 """The verbs over a real socket: what they understand, refuse and answer."""
 
 import json
+import os
+import pwd
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -109,6 +111,12 @@ def test_jobs_are_chosen_by_state_task_and_limit(asked: Asked) -> None:
         (("JOB", b"\xff"), "JOB: id is not UTF-8"),
         (("JOB", "a"), "there is no job 'a'"),
         (("CANCEL", "a"), "there is no job 'a'"),
+        (("CANCEL",), "CANCEL needs an id, or TASK and a name"),
+        (("CANCEL", "a", "b"), "CANCEL needs an id, or TASK and a name"),
+        (("CANCEL", "TASK"), "there is no job 'TASK'"),
+        (("CANCEL", "a", "WHY", "b"), "CANCEL has no option 'WHY'"),
+        (("CANCEL", "a", "REASON", "two\nlines"), "REASON is one line of at most 1000 characters"),
+        (("CANCEL", "a", "REASON", "x" * 1001), "REASON is one line of at most 1000 characters"),
         (("RETRY", "a"), "there is no job 'a'"),
         (("OUTPUT", "a"), "there is no job 'a'"),
         (("OUTPUT", "a", "FROM", "x"), "FROM is not a number: 'x'"),
@@ -202,9 +210,22 @@ def test_dead_letters_are_chosen_by_task_and_age(asked: Asked) -> None:
     assert "soon" in asked.refusal("DEAD", "RETRYALL", "OLDER", "soon")
 
 
+def test_all_jobs_are_cancelled_or_those_of_a_task(asked: Asked) -> None:
+    for id, task in (("a", "build"), ("TASK", "build"), ("c", "test")):
+        asked.daemon.add(id, task=task)
+    assert asked.words("CANCEL", "TASK") == b"cancelled"  # one word is an id, whatever it says
+    count = {"cancelled": 1, "cancelling": 0, "unseen": ["builds"]}
+    assert asked.json("CANCEL", "TASK", "build") == count
+    assert asked.daemon.jobs_by_id["c"].row["state"] == "queued"
+    assert asked.json("CANCEL", "TASK", "*", "REASON", "all") == count
+    assert asked.daemon.jobs_by_id["c"].row["reason"].endswith(": all")
+
+
 def test_short_verbs_answer_in_a_word(asked: Asked) -> None:
     asked.daemon.add("a")
-    assert asked.words("CANCEL", "a") == b"cancelled"
+    assert asked.words("CANCEL", "a", "REASON", "no") == b"cancelled"
+    user = pwd.getpwuid(os.getuid()).pw_name
+    assert asked.daemon.jobs_by_id["a"].row["reason"] == f"cancelled by {user}: no"
     assert asked.words("RETRY", "a") == b"a"
     for words in (("PAUSE", "queue:builds"), ("RESUME", "*"), ("DRAIN",), ("SHUTDOWN",)):
         assert asked.words(*words) == b"OK"

@@ -99,6 +99,19 @@ def test_several_jobs_are_cancelled_and_one_refusal_is_the_exit_code(ctl: Ctl) -
     ]
 
 
+def test_all_jobs_of_a_task_are_cancelled_and_what_is_unseen_is_said(ctl: Ctl) -> None:
+    ctl.daemon.add("a")
+    ctl.daemon.add("b", task="test")
+    ran = ctl.run("cancel", "--task", "build", "--reason", "too late")
+    assert ran.stdout == (
+        b"1 jobs cancelled, 0 are being cancelled\n"
+        b"messages that taskd has not taken yet are not among them: builds\n"
+    )
+    assert ctl.daemon.jobs_by_id["a"].row["reason"].endswith(": too late")
+    assert ctl.json("cancel", "--all") == {"cancelled": 1, "cancelling": 0, "unseen": ["builds"]}
+    assert ctl.daemon.jobs_by_id["b"].row["state"] == "cancelled"
+
+
 def test_more_dead_letters_than_one_request_takes_are_retried(ctl: Ctl) -> None:
     ids = [f"job-{number}" for number in range(130)]
     for id in ids:

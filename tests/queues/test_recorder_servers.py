@@ -12,6 +12,7 @@ from sqlalchemy.engine import Connection
 
 from taskd.states import JobState, StoreState
 from taskd.store import dead, schema, statements
+from taskd.store.cancel import cancel, cancel_some
 from taskd.store.recorder import Write
 from tests.support.servers import DRIVERS, SharedStore
 from tests.support.store import Store, ended, is_away, listening, queued, started
@@ -105,7 +106,7 @@ def test_every_question_is_answered(store: Store, shared_store: SharedStore) -> 
     assert sorted(row["id"] for row in rows) == ["1", "theirs"]
     assert asks(store, claim) == []
     asks(store, statements.release, claims={"1": 0, "theirs": 0}, daemon_id="me")
-    assert asks(store, statements.cancel, id="theirs")["state"] == "cancelled"
+    assert asks(store, cancel, id="theirs", reason="by us")[0]["state"] == "cancelled"
     store.write(started("1", claimed_by="me"), ended("1", state=JobState.FAILED, dead=True))
     assert [row["id"] for row in asks(store, dead.letters)] == ["1"]
     assert asks(store, statements.job, id="1")["attempts"][0]["state"] == "succeeded"
@@ -115,9 +116,11 @@ def test_every_question_is_answered(store: Store, shared_store: SharedStore) -> 
     assert sorted(asks(store, statements.counts)) == [("cancelled", "q", 1), ("failed", "q", 1)]
     row = asks(store, dead.send_back, ids=["1"], queues={"q": True})["1"]
     assert (row["was"]["state"], row["state"]) == ("failed", "queued")
+    (row,) = asks(store, cancel_some, task="build", reason="by us")
+    assert (row["id"], row["state"], row["reason"]) == ("1", "cancelled", "by us")
     later = schema.unix_time(schema.now()) + 60
-    assert asks(store, statements.expire, before=later) == (1, None)
-    assert asks(store, statements.counts) == [("queued", "q", 1)]
+    assert asks(store, statements.expire, before=later) == (2, None)
+    assert asks(store, statements.counts) == []
 
 
 def test_rows_are_claimed_in_their_order(store: Store, shared_store: SharedStore) -> None:

@@ -158,15 +158,22 @@ class SmallDaemon:
         self.on_submit(job)
         then(job.row["id"])
 
-    def cancel(self, id: str, then: Then[str]) -> None:
+    def cancel(self, id: str, reason: str, then: Then[str]) -> None:
         job = self.jobs_by_id.get(id)
         if job is None:
             raise RequestError(f"there is no job '{id}'")
         if job.row["state"] in FINAL:
             then(RequestError(f"job {id} is {job.row['state']} already"))
         else:
-            self.end(id, JobState.CANCELLED)
+            self.end(id, JobState.CANCELLED, reason=reason)
             then("cancelled")
+
+    def cancel_all(self, task: str | None, reason: str, then: Then[Row]) -> None:
+        left = [id for id, job in self.jobs_by_id.items() if job.row["state"] not in FINAL]
+        ids = [id for id in left if task in (None, self.jobs_by_id[id].row["task"])]
+        for id in ids:
+            self.end(id, JobState.CANCELLED, reason=reason)
+        self._later(then, {"cancelled": len(ids), "cancelling": 0, "unseen": ["builds"]})
 
     def retry(self, id: str, then: Then[str]) -> None:
         job = self.jobs_by_id.get(id)

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Iterator
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from sqlalchemy.engine import Connection
 from taskd.states import JobState
 from taskd.store import dead, schema, statements
 from taskd.store.batch import Write, Writer, fold
+from taskd.store.cancel import cancel, cancel_some
 from taskd.store.database import Database
 from taskd.store.schema import now
 from taskd.store.statements import Unnamed
@@ -238,20 +240,37 @@ def test_what_is_put_in_is_cleaned(table: Table) -> None:
 
 def test_a_waiting_job_is_cancelled(table: Table) -> None:
     table.write(queued("1", run_after=now() + HOUR))
-    row = statements.cancel(table.connection, id="1")
+    row, changed = cancel(table.connection, id="1", reason="by us")
+    assert changed
     assert row is not None
-    assert (row["state"], row["reason"]) == ("cancelled", "cancelled")
+    assert (row["state"], row["reason"]) == ("cancelled", "by us")
     assert table.one("1")["finished_at"] is not None
+    assert cancel(table.connection, id="1", reason="again") == (row, False)
+
+
+def test_waiting_jobs_are_cancelled_in_slices_of_one_task_or_of_all(table: Table) -> None:
+    table.write(*(queued(str(number)) for number in range(5)), queued("other", task="test"))
+    table.write(started("runs"), queued("done"), ended("done"))
+    some = partial(cancel_some, table.connection, reason="by us", limit=3)
+    found = [some(task="build"), some(task="build"), some(task="build")]
+    assert [len(rows) for rows in found] == [3, 2, 0]
+    assert {row["reason"] for rows in found for row in rows} == {"by us"}
+    assert {row["id"] for rows in found for row in rows} == set("01234")
+    assert [row["id"] for row in some(task=None)] == ["other"]
+    assert table.one("runs")["state"] == "running"
+    assert table.one("done")["state"] == "succeeded"
 
 
 def test_what_is_in_somebodys_hands_is_not_cancelled_here(table: Table) -> None:
     table.write(queued("claimed"), started("running"), queued("done"), ended("done"))
     assert table.claim() == ["claimed"]
     for id, state in ("claimed", "queued"), ("running", "running"), ("done", "succeeded"):
-        row = statements.cancel(table.connection, id=id)
+        row, changed = cancel(table.connection, id=id, reason="by us")
+        assert not changed
         assert row is not None
         assert row["state"] == table.one(id)["state"] == state
-    assert statements.cancel(table.connection, id="nobody") is None
+    assert cancel(table.connection, id="nobody", reason="by us") == (None, False)
+    assert cancel_some(table.connection, task=None, reason="by us") == []
 
 
 def test_a_finished_job_is_sent_back_with_all_its_retries(table: Table) -> None:
@@ -330,6 +349,16 @@ def test_history_is_deleted_in_slices_the_oldest_first_with_its_attempts(table: 
     assert left == ["5", "6", "runs", "waits"]
     left = table.sql("SELECT job_id FROM attempts ORDER BY job_id").scalars().all()
     assert left == ["5", "6", "runs"]
+
+
+def test_a_cancelled_job_is_kept_until_its_message_has_had_the_time_to_come(table: Table) -> None:
+    for id, hours in (("past", -3), ("ahead", 3)):
+        table.write(queued(id, run_after=now() + hours * HOUR))
+        cancel(table.connection, id=id, reason="by us")
+    soon = schema.unix_time(now() + HOUR)
+    assert statements.expire(table.connection, before=soon) == (1, None)
+    assert table.one("ahead")["state"] == "cancelled"
+    assert statements.expire(table.connection, before=soon + 3 * 3600) == (1, None)
 
 
 def test_with_no_history_nothing_remains(table: Table) -> None:

@@ -37,6 +37,8 @@ def test_help_tells_the_exit_codes_and_every_verb() -> None:
         ("mow",),
         ("job",),
         ("cancel",),
+        ("cancel", "a", "--all"),
+        ("cancel", "--task", "build", "--all"),
         ("jobs", "--state", "lost"),
         ("jobs", "--limit", "0"),
         ("resume",),

@@ -23,6 +23,7 @@ Then = Callable[[T | Exception], None]
 
 LIMIT = 100
 MAX_LIMIT = 1000
+MAX_REASON = 1000
 
 
 class Output(Protocol):
@@ -60,8 +61,11 @@ class Daemon(Protocol):
     ) -> None:
         """`then` gets the job's id, once its message is safe."""
 
-    def cancel(self, id: str, then: Then[str]) -> None:
-        """`then` gets "cancelled" or "cancelling"."""
+    def cancel(self, id: str, reason: str, then: Then[str]) -> None:
+        """`then` gets "cancelled" or "cancelling". `reason` is recorded: who, and why."""
+
+    def cancel_all(self, task: str | None, reason: str, then: Then[Row]) -> None:
+        """Of a task, or of all: `then` gets how many, and where there may be more."""
 
     def retry(self, id: str, then: Then[str]) -> None: ...
 
@@ -168,7 +172,20 @@ def _submit(daemon: Daemon, call: Call) -> None:
 
 
 def _cancel(daemon: Daemon, call: Call) -> None:
-    daemon.cancel(_Words(call).only("id"), call.then(call.simple))
+    words = _Words(call)
+    # The options come in pairs, so an odd word in front of them is an id, whatever it says.
+    one = len(words) % 2 == 1
+    if not one and not words.take("TASK"):
+        raise RequestError("CANCEL needs an id, or TASK and a name")
+    what = words.text("a name")
+    text = words.options("REASON").get("REASON", "")
+    if len(text) > MAX_REASON or not text.isprintable():
+        raise RequestError(f"REASON is one line of at most {MAX_REASON} characters")
+    reason = f"cancelled by {call.client.peer.name()}" + (f": {text}" if text else "")
+    if one:
+        daemon.cancel(what, reason, call.then(call.simple))
+    else:
+        daemon.cancel_all(None if what == "*" else what, reason, call.then(call.answer))
 
 
 def _retry(daemon: Daemon, call: Call) -> None:
@@ -363,7 +380,12 @@ COMMANDS = (
     Command("JOBS", "[STATE s] [TASK t] [LIMIT n]", "jobs, the youngest first", _jobs),
     Command("JOB", "id", "one job with its attempts", _job),
     Command("SUBMIT", "task [body] [QUEUE q] [ID id]", "puts a message on a queue", _submit),
-    Command("CANCEL", "id", "ends a job for good", _cancel),
+    Command(
+        "CANCEL",
+        "id | TASK name [REASON text]",
+        "ends a job for good, or all of a task; of every task: *",
+        _cancel,
+    ),
     Command("RETRY", "id", "sends a finished job back to its queue", _retry),
     Command(
         "OUTPUT",

@@ -17,6 +17,7 @@ from enum import StrEnum
 from typing import TypeVar
 
 from taskd.control import answers, resp
+from taskd.control.peer import Peer
 from taskd.errors import RequestError, StoreAway
 from taskd.kernel.loop import Loop, Timer
 
@@ -129,7 +130,7 @@ class Client:
         verbs: Mapping[str, Verb],
         *,
         id: int,
-        peer: str,
+        peer: Peer,
         password: str | None,
         limits: Limits,
         on_held: Callable[[int], None],
@@ -139,9 +140,7 @@ class Client:
         self.limits = limits
         self.name = b""
         self.held = 0
-        # Who may open the unix socket has been judged by its mode; on TCP a password judges.
-        self.local = sock.family == socket.AF_UNIX
-        self._peer = peer
+        self.peer = peer
         self._password = password
         self._sock = sock
         self._loop = loop
@@ -164,12 +163,13 @@ class Client:
         self._timer: Timer | None = None
         self._unsubscribe: Callable[[], None] | None = None
         self.known = False
-        self._know(self.local)
+        # Who may open the unix socket has been judged by its mode; on TCP a password judges.
+        self._know(peer.local)
         self._settle()
 
     def __repr__(self) -> str:
         name = f" '{self.name.decode()}'" if self.name else ""
-        return f"client {self.id}{name} on {self._peer}"
+        return f"client {self.id}{name} on {self.peer}"
 
     # What verbs may do with a connection
 
@@ -195,7 +195,7 @@ class Client:
         """Be as new: RESET."""
         self.unsubscribe()
         self.name = b""
-        self._know(self.local)
+        self._know(self.peer.local)
 
     def _know(self, known: bool) -> None:
         self.known = known

@@ -15,9 +15,10 @@ from taskd.control.letters import Letters
 from taskd.control.report import Reported
 from taskd.errors import Rejected, RequestError, StoreAway
 from taskd.queues.delivery import Delivery, Message
-from taskd.states import FINAL, JobState
+from taskd.states import FINAL
 from taskd.store import statements
 from taskd.work import message
+from taskd.work.cancel import Cancelling
 from taskd.work.events import Events
 from taskd.work.intake import PAUSED
 
@@ -29,6 +30,7 @@ class Daemon(Reported, Protocol):
     """The part of the daemon that the desk needs."""
 
     events: Events
+    cancelling: Cancelling
 
     def reload(self, *, dry: bool = False) -> list[str]: ...
     def drain(self) -> None: ...
@@ -62,6 +64,7 @@ class Desk:
         self.shutdown = daemon.shutdown
         self.drain = daemon.drain
         self.subscribe = daemon.events.subscribe
+        self.cancel = daemon.cancelling.one
 
     def info(self) -> dict[str, dict[str, Any]]:
         return report.info(self._daemon)
@@ -155,21 +158,28 @@ class Desk:
 
         source.submit(Message(id=order.id, task=task, body=body), on_submitted)
 
-    def cancel(self, id: str, then: Callable[[str | Exception], None]) -> None:
-        """End a job for good, wherever it is; `then` gets "cancelled" or "cancelling"."""
-        job = self._pool.jobs.get(id)
-        if job is not None:
-            then(self._pool.cancel(job))
-            return
+    def cancel_all(
+        self, task: str | None, reason: str, then: Callable[[Row | Exception], None]
+    ) -> None:
+        """End all jobs for good, or all of a task. `unseen` are the queues at whose broker
+        there may be more, which no daemon has taken yet."""
+        config = self._daemon.config
+        unseen = [
+            queue.name
+            for queue in config.queues.values()
+            if queue.kind != "embedded" and (task is None or task in queue.tasks)
+        ]
 
-        def on_cancelled(row: Row | None) -> None:
-            if row is None:
-                raise RequestError(f"there is no job {id!r}")
-            if row["state"] != JobState.CANCELLED:
-                raise RequestError(f"job {id} is {row['state']} already")
-            then("cancelled")
+        def on_count(count: dict[str, int] | Exception) -> None:
+            if isinstance(count, Exception):
+                then(count)
+            elif task is not None and task not in config.tasks and not any(count.values()):
+                known = ", ".join(config.tasks)
+                then(RequestError(f"there is no task {task!r}; the tasks are {known}"))
+            else:
+                then({**count, "unseen": unseen})
 
-        self._ask(partial(statements.cancel, id=id), on_cancelled, then)
+        self._daemon.cancelling.all(task, reason, on_count)
 
     def retry(self, id: str, then: Callable[[str | Exception], None]) -> None:
         """Send a job that has ended back to its queue; `then` gets its id."""

@@ -19,6 +19,7 @@ from pathlib import Path
 from taskd.config.values import split_address
 from taskd.control import resp, session
 from taskd.control.connection import Client, Limits, Verb
+from taskd.control.peer import Peer, peer_of
 from taskd.kernel.loop import Loop
 
 log = logging.getLogger("taskd.control")
@@ -146,8 +147,7 @@ class Server:
             except OSError as error:
                 self._pause(fd, error)
                 return
-            local = sock.family == socket.AF_UNIX
-            self._admit(sock, "the unix socket" if local else f"TCP from {address[0]}")
+            self._admit(sock, peer_of(sock, address))
 
     def _pause(self, fd: int, error: OSError) -> None:
         log.warning("control: can't take clients: %s, next try in %g s", error.strerror, PAUSE)
@@ -158,16 +158,17 @@ class Server:
         if fd in self._listeners and self._parting is None:
             self._loop.add_handler(fd, self._on_clients, Loop.READ)
 
-    def _admit(self, sock: socket.socket, peer: str) -> None:
+    def _admit(self, sock: socket.socket, peer: Peer) -> None:
         sock.setblocking(False)
-        local = sock.family == socket.AF_UNIX
         # A crowd on TCP may not keep taskctl out.
-        if len(self._clients) >= self._room or (not local and self._strangers >= self._room // 2):
+        if len(self._clients) >= self._room or (
+            not peer.local and self._strangers >= self._room // 2
+        ):
             with suppress(OSError):
                 sock.send(resp.error("max number of clients reached"))
             sock.close()
             return
-        if not local:
+        if not peer.local:
             self._strangers += 1
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -194,7 +195,7 @@ class Server:
 
     def _on_close(self, client: Client) -> None:
         self._clients.discard(client)
-        if not client.local:
+        if not client.peer.local:
             self._strangers -= 1
 
 

@@ -151,12 +151,30 @@ def output(session: Session, id: str, follow: bool) -> None:
 
 
 @click.command()
-@click.argument("ids", metavar="ID...", nargs=-1, required=True)
+@click.argument("ids", metavar="[ID]...", nargs=-1)
+@click.option("--task", shell_complete=names_of("TASKS"), help="All jobs of this task.")
+@click.option("--all", "everything", is_flag=True, help="All jobs of all tasks.")
+@click.option("--reason", default="", help="Why; it is recorded, beside who did it.")
 @shared
 @pass_session
-def cancel(session: Session, ids: tuple[str, ...]) -> None:
-    """End jobs for good, wherever they are."""
-    _for_each(session, "CANCEL", ids)
+def cancel(
+    session: Session, ids: tuple[str, ...], task: str | None, everything: bool, reason: str
+) -> None:
+    """End jobs for good: queued, running or to be retried."""
+    if (task is not None) + everything + bool(ids) != 1:
+        raise click.UsageError("give IDs, or --task, or --all")
+    why = ["REASON", reason] if reason else []
+    if ids:
+        _for_each(session, "CANCEL", ids, *why)
+        return
+    count = session.ask_json("CANCEL", "TASK", "*" if everything else task or "", *why)
+    if session.json:
+        session.print_json(count)
+        return
+    click.echo(f"{count['cancelled']} jobs cancelled, {count['cancelling']} are being cancelled")
+    if count["unseen"]:
+        queues = ", ".join(count["unseen"])
+        click.echo(f"messages that taskd has not taken yet are not among them: {queues}")
 
 
 @click.command()
@@ -168,12 +186,12 @@ def retry(session: Session, ids: tuple[str, ...]) -> None:
     _for_each(session, "RETRY", ids)
 
 
-def _for_each(session: Session, verb: str, ids: tuple[str, ...]) -> None:
+def _for_each(session: Session, verb: str, ids: tuple[str, ...], *options: str) -> None:
     connection = session.connect()
     results: list[dict[str, Any]] = []
     for id in ids:
         try:
-            results.append({"id": id, "result": connection.ask(verb, id)})
+            results.append({"id": id, "result": connection.ask(verb, id, *options)})
         except Refused as error:
             results.append({"id": id, "error": str(error)})
     _tell_results(session, results)

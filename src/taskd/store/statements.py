@@ -128,17 +128,6 @@ def unfinished(connection: Connection, *, queue: str, task: str, payload: bytes)
     return [dict(row) for row in connection.execute(statement).mappings()]
 
 
-@changes
-def cancel(connection: Connection, *, id: str) -> Row | None:
-    """Cancel a job that waits and that nobody has claimed; its row as it is then, if any."""
-    connection.execute(
-        sa.update(schema.jobs)
-        .where(_job.id == cleaned(id), schema.waiting)
-        .values(state=JobState.CANCELLED.value, reason="cancelled", finished_at=now())
-    )
-    return _one(connection, sa.select(*SUMMARY), id)
-
-
 # For the embedded queue
 
 
@@ -260,9 +249,16 @@ def expire(connection: Connection, *, before: float, limit: int = 500) -> tuple[
     Returns how many there were, and when the oldest that remains finished. Unix times.
     """
     ended = _job.finished_at
+    # The message of a job that was cancelled while it waited for a retry comes when that is due,
+    # and is settled from the row.
+    gone = sa.or_(
+        _job.state != JobState.CANCELLED.value,
+        _job.run_after.is_(None),
+        _job.run_after < schema.moment(before),
+    )
     oldest = (
         sa.select(_job.id)
-        .where(schema.finished, ended < schema.moment(before))
+        .where(schema.finished, ended < schema.moment(before), gone)
         .order_by(ended)
         .limit(limit)
     )
@@ -274,7 +270,7 @@ def expire(connection: Connection, *, before: float, limit: int = 500) -> tuple[
         old = list(connection.scalars(oldest.with_for_update(skip_locked=True)))
     connection.execute(sa.delete(schema.attempts).where(schema.attempts.c.job_id.in_(old)))
     count = connection.execute(sa.delete(schema.jobs).where(_job.id.in_(old))).rowcount
-    rest = sa.select(ended).where(schema.finished, ended.is_not(None))
+    rest = sa.select(ended).where(schema.finished, ended.is_not(None), gone)
     remaining = connection.scalar(rest.order_by(ended).limit(1))
     return count, schema.unix_time(remaining) if isinstance(remaining, datetime) else None
 

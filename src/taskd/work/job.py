@@ -33,6 +33,7 @@ class Job:
         "argv",
         "asker",
         "attempt",
+        "cancelled",
         "child",
         "crashes",
         "delivery",
@@ -85,6 +86,7 @@ class Job:
         self.timeout: Timer | None = None
         self.exit: Exit | None = None
         self.outcome: Outcome | None = None
+        self.cancelled: str | None = None  # by whom and why, once somebody wants it ended
         self.progress: float | None = None
         self.status: str | None = None
         self.result: bytes | None = None
@@ -100,11 +102,11 @@ class Job:
 
     def judge(self, exit: Exit, jitter: float) -> Outcome:
         """The outcome of an attempt whose child ended. `jitter` lies in 0 to 1."""
+        if self.cancelled is not None:  # whatever it was stopped for before, or exited with
+            return Outcome(AttemptState.CANCELLED, JobState.CANCELLED, self.cancelled)
         match exit.stopped:
             case "interrupted":
                 return Outcome(AttemptState.INTERRUPTED, JobState.QUEUED, "interrupted by a stop")
-            case "cancelled":
-                return Outcome(AttemptState.CANCELLED, JobState.CANCELLED, "cancelled")
             case "timeout":
                 assert self.task.timeout is not None
                 return self.fail(f"timeout after {format_span(self.task.timeout)}", jitter)

@@ -18,10 +18,10 @@ from typing import Any
 from taskd.children.child import Children, Exit
 from taskd.children.output import Output
 from taskd.config.schema import Config
-from taskd.errors import Rejected, RequestError, SpawnError, StoreAway
+from taskd.errors import Rejected, SpawnError, StoreAway
 from taskd.kernel.loop import Loop
 from taskd.queues.delivery import RETURNS_MAX, Delivery
-from taskd.states import FINAL, PHASE_MOVES, AttemptState, JobPhase, JobState, move
+from taskd.states import ALIVE, FINAL, PHASE_MOVES, AttemptState, JobPhase, JobState, move
 from taskd.store import statements
 from taskd.store.recorder import Recorder, Write
 from taskd.work import message, story
@@ -388,20 +388,23 @@ class Pool:
 
     # What people and the daemon's life ask for
 
-    def cancel(self, job: Job) -> str:
-        """End a job of the pool for good; says how far that is."""
-        if job.phase in (JobPhase.JUDGING, JobPhase.WAITING, JobPhase.STARTING):
-            starting = job.phase is JobPhase.STARTING
-            outcome = Outcome(AttemptState.CANCELLED, JobState.CANCELLED, "cancelled")
-            if starting:
-                self._conclude(job, outcome)
-            else:
+    def cancel(self, job: Job, reason: str) -> bool:
+        """End a job for good; False if it has just ended. One being judged must have no row."""
+        if job.cancelled is not None:
+            return True
+        outcome = Outcome(AttemptState.CANCELLED, JobState.CANCELLED, reason)
+        match job.phase:
+            case JobPhase.JUDGING | JobPhase.WAITING:
                 self._end_unstarted(job, outcome)
-            return "cancelled"
-        if job.phase is JobPhase.RUNNING and job.child is not None:
-            job.child.stop("cancelled")
-            return "cancelling"
-        raise RequestError(f"job {job.id} has just ended")
+                self._story.cancelled_here(job, reason)
+            case JobPhase.STARTING:
+                self._conclude(job, outcome)
+            case JobPhase.RUNNING if job.child is not None and job.child.state in ALIVE:
+                job.child.stop("cancelled")
+            case _:
+                return False
+        job.cancelled = reason
+        return True
 
     def output(self, id: str) -> Output | None:
         """What the latest attempt of a running or recent job says; None where only the store

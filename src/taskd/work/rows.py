@@ -89,6 +89,7 @@ class Rows:
         row = {
             **self._born(job),
             **self._state(job, outcome),
+            "attempt": job.attempt,
             "host": self._host,
             "reason": outcome.reason,
             "finished_at": moment(job.finished_at),

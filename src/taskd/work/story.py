@@ -15,6 +15,8 @@ from taskd.work.job import Job, Outcome
 
 log = logging.getLogger(__name__)
 
+TO_THE_DEAD = ", to the dead letters"
+
 
 def fields(job: Job) -> dict[str, str]:
     """What names an attempt: in its journal entries, and in its environment."""
@@ -62,7 +64,7 @@ class Story:
             case JobState.QUEUED:
                 id, then = MessageId.JOB_INTERRUPTED, ", back to its queue"
             case JobState.FAILED:
-                then = ", to the dead letters"
+                then = TO_THE_DEAD
         journal.event(
             log,
             level,
@@ -79,18 +81,33 @@ class Story:
 
     def buried(self, job: Job, reason: str) -> None:
         """A job is given up without another attempt."""
-        journal.event(
-            log,
-            logging.ERROR,
-            MessageId.JOB_FAILED,
-            self._encode(fields(job)),
-            "job %s: %s, to the dead letters",
-            job.id,
-            reason,
-        )
+        row = _row(job, reason)
+        self._close(row, JobState.FAILED, MessageId.JOB_FAILED, logging.ERROR, TO_THE_DEAD)
+
+    def cancelled(self, row: Mapping[str, Any]) -> None:
+        """A job was cancelled between its attempts, or before the first: `row` says it."""
+        self._close(row, JobState.CANCELLED, MessageId.JOB_CANCELLED, logging.INFO)
+
+    def cancelled_here(self, job: Job, reason: str) -> None:
+        """As `cancelled`, while the job waited in the pool."""
+        self.cancelled(_row(job, reason))
+
+    def _close(
+        self, row: Mapping[str, Any], state: JobState, id: MessageId, level: int, then: str = ""
+    ) -> None:
+        """A job is over, and no attempt with it."""
+        names = {
+            "TASKD_JOB_ID": row["id"],
+            "TASKD_TASK": row["task"],
+            "TASKD_ATTEMPT": str(row["attempt"]),
+        }
+        if row["queue"] is not None:
+            names["TASKD_QUEUE"] = row["queue"]
+        encoded = self._encode(names)
+        journal.event(log, level, id, encoded, "job %s: %s%s", row["id"], row["reason"], then)
         if self._events:
-            event = _event("job", job.id, job.task.name, job.queue, JobState.FAILED)
-            self._events.publish(event | {"attempt": job.attempt, "reason": reason})
+            event = _event("job", row["id"], row["task"], row["queue"], state)
+            self._events.publish(event | {name: row[name] for name in ("attempt", "reason")})
 
     def spoke(self, job: Job) -> None:
         """A running child said how far it is."""
@@ -131,6 +148,16 @@ class Story:
         if self._events:
             event = _event("job", id, task, delivery.queue, JobState.REJECTED)
             self._events.publish(event | {"attempt": delivery.attempt, "reason": reason})
+
+
+def _row(job: Job, reason: str) -> dict[str, Any]:
+    return {
+        "id": job.id,
+        "task": job.task.name,
+        "queue": job.queue,
+        "attempt": job.attempt,
+        "reason": reason,
+    }
 
 
 def _of(job: Job, state: JobState) -> dict[str, Any]:
