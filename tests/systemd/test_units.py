@@ -75,7 +75,7 @@ def test_the_first_client_after_a_stop_starts_it_again(taskd: Taskd) -> None:
     assert taskd.machine.get(SERVICE, "ActiveState") == "inactive"
     assert taskd.ctl("ping").out == "PONG\n"
     assert taskd.machine.run("redis-cli", "-s", "/run/taskd/control.sock", "PING").out == "PONG\n"
-    assert taskd.machine.get(SERVICE, "ActiveState") == "active"
+    wait_until(lambda: taskd.machine.get(SERVICE, "ActiveState") == "active", 30)
 
 
 def test_no_request_is_refused_over_restarts(taskd: Taskd) -> None:
