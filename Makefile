@@ -4,20 +4,20 @@
 .PHONY: demo test test-booted lint bench clean provision-demo provision-test provision-booted
 .NOTPARALLEL:
 
-# Two workers a processor, since tests wait more than they compute. Tests that may not run beside
-# each other share an xdist_group.
-PYTEST := -m pytest -n $(shell expr 2 '*' $$(nproc)) --dist loadgroup
+# Two workers a processor, since tests wait more than they compute.
+PYTEST := -m pytest -n $(shell expr 2 '*' $$(nproc)) --ignore=tests/systemd
 
 demo: .venv/installed
 	packaging/examples/demo
 
 test: lint .venv-floor/installed
-	.venv/bin/python $(PYTEST) --ignore=tests/systemd --rabbitmq-of trixie
-	.venv-floor/bin/python $(PYTEST) --debian --ignore=tests/systemd
+	.venv/bin/python $(PYTEST) --rabbitmq-of trixie
+	.venv-floor/bin/python $(PYTEST) --debian
+	$(MAKE) --no-print-directory test-booted
 
-# The .deb on booted Debian 12 and 13: root, ten minutes, and a quiet machine.
+# The .deb on booted Debian 12 and 13, one process each. Needs root, and says so.
 test-booted: .venv/installed-test | provision-booted
-	.venv/bin/python -m pytest -n 2 --dist loadgroup tests/systemd
+	.venv/bin/python -m pytest -n 2 tests/systemd
 
 lint: .venv/installed-test
 	.venv/bin/ruff check

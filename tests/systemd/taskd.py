@@ -6,7 +6,7 @@ from typing import Any
 
 from taskd.ctl.client import Connection, Refused
 from tests.support.waiting import wait_until
-from tests.systemd.machine import Machine, Ran
+from tests.systemd.machine import COMMAND_LIMIT, Machine, Ran
 
 SERVICE = "taskd.service"
 CONFIG = "/etc/taskd/conf.d/test.conf"
@@ -96,7 +96,7 @@ class Taskd:
 
     # Jobs
 
-    def ctl(self, *words: str, check: bool = True, limit: float = 120) -> Ran:
+    def ctl(self, *words: str, check: bool = True, limit: float = COMMAND_LIMIT) -> Ran:
         return self.machine.run("taskctl", *words, check=check, limit=limit)
 
     def ask(self, *words: str) -> Any:

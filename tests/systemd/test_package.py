@@ -1,7 +1,6 @@
 """The .deb: what it is made of, and what installing, upgrading, removing and purging do."""
 
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,6 @@ import pytest
 from taskd import __version__
 from tests.conftest import needs
 from tests.support.debian import ROOT, run
-from tests.support.waiting import wait_until
 from tests.systemd.machine import Machine
 from tests.systemd.taskd import BASIC, Taskd
 
@@ -183,28 +181,3 @@ def test_the_smoke_test_of_the_package_passes(bare: Machine) -> None:
     bare.sh(INSTALL)
     bare.write("/root/smoke", (ROOT / "debian/tests/smoke").read_text(), 0o755)
     bare.run("/root/smoke")
-
-
-@pytest.mark.parametrize("signal", ["TERM", "KILL"])
-def test_no_machine_outlives_the_one_who_booted_it(signal: str, release: str, deb: Path) -> None:
-    """The harness itself: a test run that is killed leaves no process and no mount."""
-    script = (
-        "import pathlib, sys, tempfile\n"
-        "from tests.systemd.machine import booted\n"
-        "from tests.support.debian import image\n"
-        f"name, here = {release!r}, pathlib.Path(tempfile.mkdtemp())\n"
-        "with booted(name, image(name), here) as machine:\n"
-        "    print(machine.outside(1), flush=True)\n"
-        "    sys.stdin.read()\n"
-    )
-    python = ["python3", "-c", script]
-    with subprocess.Popen(
-        python, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as booter:
-        assert booter.stdout is not None
-        leader = Path("/proc") / booter.stdout.readline().strip()
-        assert leader.exists()
-        booter.send_signal({"TERM": 15, "KILL": 9}[signal])
-        booter.wait()
-    wait_until(lambda: not leader.exists(), 30)
-    assert f"{release}-{booter.pid}" not in Path("/proc/self/mountinfo").read_text()

@@ -12,7 +12,7 @@ from tests.support.waiting import wait_until
 from tests.systemd.machine import Machine
 from tests.systemd.taskd import BASIC, SERVICE, Taskd
 
-WATCHDOG = 2.0
+WATCHDOG = 4.0  # twice what a beat may take on a loaded machine
 QUICK = f"[Service]\nWatchdogSec={WATCHDOG}\nRestartSec=100ms\n"
 RABBIT = "\n[queue:rabbit]\nurl = amqp://guest:guest@localhost/%2f\ntasks = wait\n"
 PIPE = "/etc/taskd/conf.d/hang.conf"
@@ -119,7 +119,7 @@ def test_a_database_that_is_away_is_no_hang(taskd: Taskd) -> None:
             return int(machine.get(SERVICE, "WatchdogTimestampMonotonic"))
 
         since = beaten()
-        wait_until(lambda: beaten() - since > 4 * WATCHDOG * 1e6, 60)
+        wait_until(lambda: beaten() - since > 3 * WATCHDOG * 1e6, 60)
         assert (taskd.pid, taskd.restarts) == (pid, 0)
         release()
     row = taskd.until(job, "succeeded")
