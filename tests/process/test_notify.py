@@ -18,9 +18,11 @@ from taskd.children.notify import (
     parse,
     prepare,
 )
+from taskd.kernel.cgroup import Groups
 from taskd.kernel.loop import Loop
 from taskd.states import ChildState
 from tests.conftest import needs
+from tests.support import cgroups
 from tests.support.children import Nursery
 
 # Speaks as sd_notify(3) does: each argument is a datagram.
@@ -159,13 +161,15 @@ def test_a_sender_with_another_uid_is_not_heard(tmp_path: Path) -> None:
     loop = Loop()
     heard: list[Notice] = []
     path = str(tmp_path / "socket")
-    ours = NotifySocket(loop, path, uid=os.getuid() + 1, on_notify=heard.append)
+    ours = NotifySocket(loop, path, uid=os.getuid() + 1)
+    ours.on_notify = heard.append
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
         sender.sendto(b"READY=1", path)
     ours.read_rest()
     assert heard == []
     ours.close()
-    ours = NotifySocket(loop, path, uid=os.getuid(), on_notify=heard.append)
+    ours = NotifySocket(loop, path, uid=os.getuid())
+    ours.on_notify = heard.append
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
         sender.sendto(b"READY=1", path)
     ours.read_rest()
@@ -179,7 +183,8 @@ def test_a_chatterer_does_not_hold_up_the_loop(tmp_path: Path) -> None:
     loop = Loop()
     heard: list[Notice] = []
     path = str(tmp_path / "socket")
-    ours = NotifySocket(loop, path, uid=os.getuid(), on_notify=heard.append)
+    ours = NotifySocket(loop, path, uid=os.getuid())
+    ours.on_notify = heard.append
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
         sender.setblocking(False)
         sent = 0
@@ -215,6 +220,56 @@ def test_a_grandchild_is_heard_until_the_end_and_not_after(
     nursery.clock.ahead += DRAIN_PATIENCE
     nursery.finish(run)
     assert list((tmp_path / "notify").iterdir()) == []
+
+
+# Speaks to the socket in its argument, when it is told to, and stays.
+FORGER = """
+import socket, sys
+sender = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+sender.connect(sys.argv[1])
+sender.send(b"STATUS=forged")
+print("sent", flush=True)
+sys.stdin.read()
+socket.socketpair()[0].recv(1)
+"""
+
+
+def forged(nursery: Nursery, directory: Path) -> list[Notice]:
+    """What is heard of a child for which another one speaks, and then itself."""
+    os.mkfifo(directory / "go")
+    quoted = " ".join(f"'{word}'" for word in SENDER)
+    run = nursery.shell(f"echo $NOTIFY_SOCKET; read line <{directory}/go; {quoted} STATUS=own")
+    nursery.until(lambda: run.child.output.total)
+    path = run.child.output.tail().decode().strip()
+    forger = nursery.start(sys.executable, "-I", "-S", "-c", FORGER, path)
+    nursery.until(lambda: forger.child.output.total)
+    (directory / "go").write_text("\n")
+    nursery.finish(run)
+    forger.child.kill("cancelled")
+    nursery.finish(forger)
+    return run.notices
+
+
+def test_another_job_cannot_speak_for_a_job(nursery: Nursery, tmp_path: Path) -> None:
+    assert forged(nursery, tmp_path) == [Notice(status="own")]
+
+
+def test_another_job_in_its_cgroup_cannot_speak_for_a_job(tmp_path: Path) -> None:
+    if cgroups.available() is None:
+        pytest.skip("this process may not make cgroups below its own")
+    with (
+        cgroups.delegated_group() as group,
+        Nursery(notify_directory=tmp_path / "notify", groups=Groups(group)) as nursery,
+    ):
+        assert forged(nursery, tmp_path) == [Notice(status="own")]
+
+
+def test_sdnotify_is_understood(nursery: Nursery) -> None:
+    say = "import sdnotify; sdnotify.SystemdNotifier(debug=True).notify('STATUS=from Python')"
+    run = nursery.start(sys.executable, "-c", say)
+    nursery.finish(run)
+    assert run.exit.code == 0, run.child.output.tail()
+    assert run.notices == [Notice(status="from Python")]
 
 
 def test_without_a_directory_there_is_no_socket() -> None:

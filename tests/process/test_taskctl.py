@@ -79,6 +79,9 @@ def test_status_is_one_screen(ctl: Ctl) -> None:
     text = ctl.out("status")
     for part in ("0.1.0 on hal", "4711", "running: 1 running", "25.0M", "builds", "1/4", "30min"):
         assert part in text
+    ctl.daemon.add("7f3a", state="running", progress=50.0, status="half way")
+    assert ctl.out("status").splitlines()[-1].endswith("50 % half way")
+    assert [row["id"] for row in ctl.json("status")["running"]] == ["7f3a"]
     assert len(text.splitlines()) < 24
     assert ctl.json("status")["info"]["process_id"] == "4711"
 

@@ -44,7 +44,6 @@ class Taskd:
         self.prefix: list[str] = []  # a command that becomes the daemon
         self.launch = ["-m", "taskd.main", "--config", str(self.config)]
         self.pass_fds: tuple[int, ...] = ()
-        self.prefix: list[str] = []  # what starts it, and is it then
 
     def write(self, config: str) -> None:
         """Set the configuration; the store and the control socket are the test's."""

@@ -87,8 +87,8 @@ def test_every_option_is_read(write: Write, tmp_path: Path) -> None:
             "[task:t]\ncommand = true {x}\ndirectory = /srv\nenvironment = A=1 'B=2 3'\n"
             "max_running = 2\ntimeout = 30min\nstop_timeout = 1s\nretries = 3\nretry_delay = 1s\n"
             "retry_delay_max = 1min\ncrash_limit = 2\nallow_dash = yes\nleave_children = yes\n"
-            "memory_max = 2G\nmemory_high = 1536M\ncpu_weight = 50\ncpu_quota = 12.5 %\n"
-            "pids_max = 200\nio_weight = 10000\n"
+            "watchdog = 30s\nmemory_max = 2G\nmemory_high = 1536M\ncpu_weight = 50\n"
+            "cpu_quota = 12.5 %\npids_max = 200\nio_weight = 10000\n"
             "[task:u]\ncommand = true\ntimeout = infinity\n"
         ),
         {},
@@ -107,7 +107,7 @@ def test_every_option_is_read(write: Write, tmp_path: Path) -> None:
     assert (task.directory, task.environment) == ("/srv", {"A": "1", "B": "2 3"})
     assert (task.max_running, task.timeout, task.stop_timeout, task.retries) == (2, 1800, 1, 3)
     assert (task.retry_delay, task.retry_delay_max, task.allow_dash) == (1, 60, True)
-    assert task.leave_children
+    assert (task.watchdog, task.leave_children) == (30, True)
     assert task.group_files == {
         "memory.max": "2147483648",
         "memory.high": "1610612736",

@@ -23,6 +23,7 @@ ENDED = Exit(
     stopped=None,
     oom=False,
     wall_seconds=0.1,
+    allowed=1.5,
 )
 
 
@@ -43,6 +44,7 @@ def judged(task: Task = TASK, **exit: Any) -> tuple[JobState, str | None]:
         ({"code": 75}, (JobState.RETRYING, "exit 75: try again")),
         ({"code": None, "signal": 9}, (JobState.FAILED, "signal 9")),
         ({"code": None, "signal": 15, "stopped": "timeout"}, (JobState.FAILED, "timeout after 1s")),
+        ({"code": None, "signal": 6, "stopped": "watchdog"}, (JobState.FAILED, "watchdog")),
         ({"stopped": "interrupted"}, (JobState.QUEUED, "interrupted by a stop")),
     ],
 )

@@ -2,11 +2,11 @@
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
-from taskd.children.notify import Notice, NotifySocket
+from taskd.children.notify import NotifySocket
 from taskd.errors import SpawnError
 from taskd.kernel.cgroup import Group, Groups
 from taskd.kernel.loop import Loop
@@ -25,6 +25,8 @@ class Launch:
     payload: bytes = b""  # what it reads from stdin
     fields: dict[str, str]  # its lines' in the journal
     stop_timeout: float = 10.0  # from TERM to the kill
+    timeout: float | None = None  # it is stopped then, unless it asks for more
+    watchdog: float | None = None  # it is aborted when it has been silent for so long
     output_keep: int = 16 * 1024
     group: str = ""  # the name of its cgroup, among all children
     limits: Mapping[str, str] = field(default_factory=dict)  # files of its cgroup
@@ -52,19 +54,12 @@ class Newborn:
             self.group.remove()
 
 
-def bear(
-    loop: Loop,
-    launch: Launch,
-    *,
-    groups: Groups | None,
-    notify_path: str | None,
-    on_notify: Callable[[Notice], None],
-) -> Newborn:
+def bear(loop: Loop, launch: Launch, *, groups: Groups | None, notify_path: str | None) -> Newborn:
     """Start it. Raises SpawnError, and then nothing is left."""
     born = Newborn()
     theirs: list[int] = []  # what only the child is to have
     try:
-        _bear(loop, launch, born, theirs, groups, notify_path, on_notify)
+        _bear(loop, launch, born, theirs, groups, notify_path)
     except SpawnError:
         born.discard()
         raise
@@ -86,7 +81,6 @@ def _bear(
     theirs: list[int],
     groups: Groups | None,
     notify_path: str | None,
-    on_notify: Callable[[Notice], None],
 ) -> None:
     stdin = memfd(launch.payload)
     theirs.append(stdin)
@@ -98,7 +92,7 @@ def _bear(
     os.set_blocking(born.stderr, False)
     environment = launch.environment
     if notify_path is not None:
-        born.socket = NotifySocket(loop, notify_path, uid=os.geteuid(), on_notify=on_notify)
+        born.socket = NotifySocket(loop, notify_path, uid=os.geteuid())
         environment = {**environment, "NOTIFY_SOCKET": notify_path}
     start = partial(
         spawn,

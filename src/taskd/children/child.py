@@ -21,6 +21,7 @@ from pathlib import Path
 
 from taskd.children import notify
 from taskd.children.birth import Launch, Newborn, bear
+from taskd.children.deadlines import WATCHDOG, Deadlines
 from taskd.children.guardian import RESTART_EVERY, Guardian
 from taskd.children.notify import Notice
 from taskd.children.outlet import Outlet
@@ -51,6 +52,7 @@ class Exit:
     stopped: str | None  # why it was stopped, if we did that
     oom: bool  # whether one of its processes was killed for want of memory
     wall_seconds: float  # from its spawn to its exit
+    allowed: float | None  # for how long it might have run, at its end
 
 
 class Child:
@@ -63,6 +65,7 @@ class Child:
         launch: Launch,
         born: Newborn,
         *,
+        on_notify: Callable[[Notice], None],
         on_left: Callable[[Group], None],
         on_over: Callable[["Child", Exit], None],
     ) -> None:
@@ -80,6 +83,9 @@ class Child:
         self._loop = loop
         self._launch = launch
         self._notify = born.socket
+        if born.socket is not None:
+            born.socket.on_notify = self._on_notice
+        self._on_notify = on_notify
         self._group = born.group
         self._on_left = on_left  # a group that is not empty is somebody else's from now on
         self._on_over = on_over
@@ -90,16 +96,24 @@ class Child:
         self._timer: Timer | None = None
         self._watch: Watch | None = None
         self._started = self._exited = loop.now()
+        self._deadlines = Deadlines(
+            loop, timeout=launch.timeout, watchdog=launch.watchdog, on_over=self._on_deadline
+        )
 
-    def stop(self, why: str) -> None:
-        """Ask it to end; kill its tree if it has not after its stop timeout. Safe to repeat."""
+    def stop(self, why: str, *, abort: bool = False) -> None:
+        """Ask it to end; kill its tree if it has not after its stop timeout. Safe to repeat.
+
+        With `abort` it is first told by SIGABRT, which a program that hangs can answer by saying
+        where, and has a stop timeout for that.
+        """
         if self.state is ChildState.RUNNING:
             self.state = move(CHILD_MOVES, self.state, ChildState.STOPPING)
             self._stopped = why
-            kill_group(self.pid, signal.SIGTERM)
-            # A stopped (SIGSTOP) child cannot act on TERM; CONT must follow it, not precede it.
-            kill_group(self.pid, signal.SIGCONT)
-            self._timer = self._loop.call_later(self._launch.stop_timeout, lambda: self.kill(why))
+            kill = partial(self.kill, why)
+            if abort:
+                self._ask(signal.SIGABRT, partial(self._ask, signal.SIGTERM, kill))
+            else:
+                self._ask(signal.SIGTERM, kill)
 
     def kill(self, why: str) -> None:
         """Kill its tree now. The first `why` counts."""
@@ -113,6 +127,7 @@ class Child:
         """The kernel says that it has exited. Its number may be given to another one now."""
         self.state = move(CHILD_MOVES, self.state, ChildState.EXITED)
         self._cancel_timer()
+        self._deadlines.close()
         self._exited = self._loop.now()
         self._status = status
         self._usage = usage
@@ -126,6 +141,7 @@ class Child:
         if self._usage is None:
             self._kill_tree()
         self._cancel_timer()
+        self._deadlines.close()
         self._kill_rest()
         if self._group is not None:
             self._group.kill()
@@ -134,6 +150,19 @@ class Child:
         if self._notify is not None:
             self._notify.close()
         self.state = ChildState.ENDED
+
+    def _ask(self, number: int, otherwise: Callable[[], None]) -> None:
+        kill_group(self.pid, number)
+        # A stopped (SIGSTOP) child cannot act on a signal; CONT must follow it, not precede it.
+        kill_group(self.pid, signal.SIGCONT)
+        self._timer = self._loop.call_later(self._launch.stop_timeout, otherwise)
+
+    def _on_deadline(self, why: str) -> None:
+        self.stop(why, abort=why == WATCHDOG)
+
+    def _on_notice(self, notice: Notice) -> None:
+        self._deadlines.hear(notice)
+        self._on_notify(notice)
 
     def _on_drained(self) -> None:
         if self.state is ChildState.EXITED:
@@ -199,6 +228,7 @@ class Child:
             stopped=self._stopped,
             oom=spent is not None and spent.oom_kills > 0,
             wall_seconds=self._exited - self._started,
+            allowed=self._deadlines.allowed,
         )
 
     def _kill_tree(self) -> None:
@@ -271,7 +301,7 @@ class Children:
         path = None
         if self._notify_directory is not None:
             path = f"{notify.mark(self._notify_directory)}{next(self._numbers)}"
-        born = bear(self._loop, launch, groups=self._groups, notify_path=path, on_notify=on_notify)
+        born = bear(self._loop, launch, groups=self._groups, notify_path=path)
         if self._guardian is not None:
             self._guardian.add(born.pid)
         child = Child(
@@ -279,9 +309,12 @@ class Children:
             self._outlet,
             launch,
             born,
+            on_notify=on_notify,
             on_left=self._on_left,
             on_over=partial(self._on_over, on_end),
         )
+        if born.socket is not None:
+            born.socket.admits = partial(self._admits, child, born.group)
         self._children.add(child)
         self._by_pid[born.pid] = child
         return child
@@ -322,6 +355,16 @@ class Children:
         self._outlet.close()
         if self._guardian is not None:
             self._guardian.close()
+
+    def _admits(self, child: Child, group: Group | None, pid: int) -> bool:
+        """Whether this process may speak for `child`: it is the child's, or has gone already."""
+        if group is not None:
+            return group.has(pid) is not False
+        try:
+            session = os.getsid(pid)
+        except ProcessLookupError:
+            return True
+        return session == child.pid or session not in self._by_pid
 
     def _on_left(self, group: Group) -> None:
         """Somebody lives on in it; remove it when it is empty."""

@@ -65,15 +65,14 @@ def prepare(directory: Path) -> None:
 
 
 class NotifySocket:
-    """One child's. Only datagrams of processes with `uid` are heard."""
+    """One child's. Only processes with `uid` are heard that `admits` lets through."""
 
-    def __init__(
-        self, loop: Loop, path: str, *, uid: int, on_notify: Callable[[Notice], None]
-    ) -> None:
+    def __init__(self, loop: Loop, path: str, *, uid: int) -> None:
         self.path = path
+        self.on_notify: Callable[[Notice], None] = lambda notice: None
+        self.admits: Callable[[int], bool] = lambda pid: True  # also asked of who has ended
         self._loop = loop
         self._uid = uid
-        self._on_notify = on_notify
         self._socket = socket.socket(
             socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
         )
@@ -110,13 +109,13 @@ class NotifySocket:
             elif self._trusts(ancillary):
                 notice = parse(data)
                 if notice != NOTHING:
-                    self._on_notify(notice)
+                    self.on_notify(notice)
 
     def _trusts(self, ancillary: list[tuple[int, int, bytes]]) -> bool:
         for level, kind, data in ancillary:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_CREDENTIALS):
                 pid, uid, _ = _CREDENTIALS.unpack(data)
-                if uid == self._uid:
+                if uid == self._uid and self.admits(pid):
                     return True
                 log.debug("%s: a notification by pid %d, uid %d, ignored", self.path, pid, uid)
         return False

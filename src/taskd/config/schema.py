@@ -21,7 +21,14 @@ _BROKERS = ("amqp", "amqps")
 _SCHEMES = ("amqp://", "amqps://", "embedded:")
 _STORE = re.compile(r"(sqlite|postgresql|mysql|mariadb)(?:\+[a-z0-9_]+)?://(.*)", re.DOTALL)
 _ENVIRONMENT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
-_OURS = ("NOTIFY_SOCKET", "TASKD_JOB_ID", "TASKD_TASK", "TASKD_ATTEMPT", "TASKD_QUEUE")
+_OURS = (
+    "NOTIFY_SOCKET",
+    "WATCHDOG_USEC",
+    "TASKD_JOB_ID",
+    "TASKD_TASK",
+    "TASKD_ATTEMPT",
+    "TASKD_QUEUE",
+)
 # sockaddr_un.sun_path has 108 bytes, one of them for the closing NUL.
 _SOCKET_PATH_MAX = 107
 # AMQP's short strings end at 255 bytes, and `.retry.MILLISECONDS` is added to the name.
@@ -281,6 +288,7 @@ class Task:
     retry_delay_max: float = field(default=3600.0, metadata=_option(_SPAN))
     crash_limit: int | None = field(default=None, metadata=_option(_COUNT))
     allow_dash: bool = field(default=False, metadata=_option(_BOOLEAN))
+    watchdog: float | None = field(default=None, metadata=_option(_LIMIT))
     leave_children: bool = field(default=False, metadata=_option(_BOOLEAN))
     memory_max: int | None = field(default=None, metadata=_option(_SIZE))
     memory_high: int | None = field(default=None, metadata=_option(_SIZE))

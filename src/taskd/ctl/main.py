@@ -64,12 +64,17 @@ def status(session: Session) -> None:
     connection = session.connect()
     info = connection.ask("INFO").decode()
     queues, tasks = connection.ask_json("QUEUES"), connection.ask_json("TASKS")
+    try:
+        running = connection.ask_json("JOBS", "STATE", "running", "LIMIT", "20")
+    except Refused:  # the store is away, as the status says
+        running = []
     from taskd.ctl import tables
 
     if session.json:
-        session.print_json({"info": tables.facts(info), "queues": queues, "tasks": tasks})
+        lists = {"queues": queues, "tasks": tasks, "running": running}
+        session.print_json({"info": tables.facts(info), **lists})
     else:
-        tables.draw_status(tables.facts(info), queues, tasks)
+        tables.draw_status(tables.facts(info), {"queues": queues, "tasks": tasks, "jobs": running})
 
 
 @cli.command()

@@ -294,8 +294,8 @@ def facts(info: str) -> dict[str, str]:
     return dict(line.split(":", 1) for line in info.splitlines() if ":" in line)
 
 
-def draw_status(facts: Mapping[str, str], queues: list[Row], tasks: list[Row]) -> None:
-    """One screen: how the daemon is, its queues, its tasks."""
+def draw_status(facts: Mapping[str, str], lists: Mapping[str, list[Row]]) -> None:
+    """One screen: how the daemon is, and `lists` of what `VIEWS` names."""
     draw_pairs(
         (
             ("taskd", f"{facts.get('taskd_version', '')} on {facts.get('host', '?')}"),
@@ -304,7 +304,7 @@ def draw_status(facts: Mapping[str, str], queues: list[Row], tasks: list[Row]) -
             ("memory", size(int(facts["used_memory_rss"])) if "used_memory_rss" in facts else ""),
         )
     )
-    for view, rows in (("queues", queues), ("tasks", tasks)):
+    for view, rows in lists.items():
         if rows:
             print()
             draw(view, rows)

@@ -18,13 +18,19 @@ def safe_name(id: str) -> str:
 def launch(job: Job, fields: Mapping[str, str]) -> Launch:
     """`fields` name the attempt, in its journal entries and in its environment."""
     task = job.task
+    environment = {**task.environment_base, **fields}
+    if task.watchdog is not None:
+        # Without WATCHDOG_PID: any of the job's processes may speak for it.
+        environment["WATCHDOG_USEC"] = str(round(task.watchdog * 1e6))
     return Launch(
         argv=job.argv,
-        environment={**task.environment_base, **fields},
+        environment=environment,
         directory=task.directory,
         payload=job.delivery.body,
         fields=dict(fields),
         stop_timeout=task.stop_timeout,
+        timeout=task.timeout,
+        watchdog=task.watchdog,
         group=f"{safe_name(job.id)}.{job.attempt}",
         limits=task.group_files,
         leave_children=task.leave_children,

@@ -9,7 +9,6 @@ from taskd.children.child import Child, Exit
 from taskd.config.schema import Task
 from taskd.config.values import format_span
 from taskd.errors import EX_TEMPFAIL
-from taskd.kernel.loop import Timer
 from taskd.queues.delivery import Delivery
 from taskd.states import AttemptState, JobPhase, JobState
 from taskd.work.message import Order
@@ -56,7 +55,6 @@ class Job:
         "status",
         "submitted_at",
         "task",
-        "timeout",
         "twins",
     )
 
@@ -83,7 +81,6 @@ class Job:
         self.finished_at = 0.0
         self.started = 0.0  # the loop's clock
         self.child: Child | None = None
-        self.timeout: Timer | None = None
         self.exit: Exit | None = None
         self.outcome: Outcome | None = None
         self.cancelled: str | None = None  # by whom and why, once somebody wants it ended
@@ -108,8 +105,10 @@ class Job:
             case "interrupted":
                 return Outcome(AttemptState.INTERRUPTED, JobState.QUEUED, "interrupted by a stop")
             case "timeout":
-                assert self.task.timeout is not None
-                return self.fail(f"timeout after {format_span(self.task.timeout)}", jitter)
+                assert exit.allowed is not None
+                return self.fail(f"timeout after {format_span(round(exit.allowed, 3))}", jitter)
+            case "watchdog":
+                return self.fail("watchdog", jitter)
         if exit.oom and exit.code != 0:
             return self.fail("out-of-memory", jitter)
         if exit.signal is not None:

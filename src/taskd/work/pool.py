@@ -299,8 +299,6 @@ class Pool:
                 self._conclude(job, job.fail(str(error), random.random()))
             return
         job.child = child
-        if job.task.timeout is not None:
-            job.timeout = self._loop.call_later(job.task.timeout, partial(child.stop, "timeout"))
         self._move(job, JobPhase.RUNNING)
         self._story.started(job, child.pid)
         if not self._begun:
@@ -315,8 +313,6 @@ class Pool:
             self._write(job, self._rows.started(job))
 
     def _on_end(self, job: Job, exit: Exit) -> None:
-        if job.timeout is not None:
-            job.timeout.cancel()
         job.exit = exit
         assert job.child is not None
         self._outputs[job.id] = job.child.output

@@ -43,6 +43,8 @@ class Speech:
             job.status = notice.status
         if notice.result is not None:
             job.result = notice.result
+        if (notice.status, notice.progress, notice.result) == (None, None, None):
+            return
         self._told[job.id] = job
         if self._fold is None:
             self._on_fold()

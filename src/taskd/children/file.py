@@ -1,0 +1,106 @@
+"""A file as a child's output: the child writes it itself, and we only read its end.
+
+So a slow disk holds up the child alone. Nothing tells us of what is written: who follows the
+output has it looked at for them, a few times a second while they do.
+"""
+
+import contextlib
+import os
+import stat
+from collections.abc import Callable
+
+from taskd.kernel.loop import Loop, Timer
+
+LOOK_EVERY = 0.25
+MODE = 0o640
+
+
+class FileOutput:
+    """What one attempt adds to `path`, in the shape of an `Output`. Raises OSError."""
+
+    lost = 0
+    drained = True  # nothing of it is ever on its way
+
+    def __init__(
+        self, loop: Loop, path: str, keep: int, *, owner: tuple[int, int] | None = None
+    ) -> None:
+        self._loop = loop
+        self._keep = keep
+        self._waiting: list[Callable[[], None]] = []
+        self._timer: Timer | None = None
+        self._kept = b""
+        # A link there may be a trap: jobs write in this directory, and we may be root.
+        flags = os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW | os.O_NOCTTY | os.O_CLOEXEC
+        try:
+            self.fd = os.open(path, flags | os.O_CREAT | os.O_EXCL, MODE)
+            if owner is not None:
+                os.fchown(self.fd, *owner)
+        except FileExistsError:
+            self.fd = os.open(path, flags | os.O_NONBLOCK)  # a FIFO would hold us up
+        self._first = self._seen = self._total = self._size()
+
+    @property
+    def ended(self) -> bool:
+        return self.fd < 0
+
+    @property
+    def total(self) -> int:
+        """Bytes written by this attempt so far; fewer if somebody truncates the file."""
+        if self.fd >= 0:
+            self._total = max(self._size(), self._first)
+        return self._total - self._first
+
+    def tail(self) -> bytes:
+        if self.fd >= 0:
+            count = min(self.total, self._keep)
+            with contextlib.suppress(OSError):
+                self._kept = os.pread(self.fd, count, self._total - count) if count else b""
+        return self._kept
+
+    def read(self, offset: int) -> tuple[int, bytes]:
+        """What is kept from `offset` on, and the offset at which that begins."""
+        tail = self.tail()
+        total = self._total - self._first
+        first = total - len(tail)
+        start = min(max(offset, first), total)
+        return start, tail[start - first :]
+
+    def wait(self, callback: Callable[[], None]) -> None:
+        """Call `callback` once, when there is more or the output has ended; now, if it has."""
+        self._waiting.append(callback)
+        if self.ended:
+            self._tell()
+        elif self._timer is None:
+            self._seen = self.total
+            self._look()
+
+    def cut(self) -> None:
+        """The attempt is over."""
+        self.tail()
+        self.close()
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._tell()
+
+    def _look(self) -> None:
+        self._timer = None
+        if self.total != self._seen:
+            self._seen = self.total
+            self._tell()
+        if self._waiting:
+            self._timer = self._loop.call_later(LOOK_EVERY, self._look)
+
+    def _size(self) -> int:
+        status = os.fstat(self.fd)
+        return status.st_size if stat.S_ISREG(status.st_mode) else 0
+
+    def _tell(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for callback in waiting:
+            callback()
