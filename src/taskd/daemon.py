@@ -233,7 +233,12 @@ class Daemon:
                 len(self.config.queues),
                 len(self.config.tasks),
             )
+            self._warn()
         self._tell()
+
+    def _warn(self) -> None:
+        for warning in self.config.warnings():
+            log.warning("%s", warning)
 
     def _on_no_spawn(self, reason: str) -> None:
         if not self.intake.held(NO_SPAWN):
@@ -322,6 +327,7 @@ class Daemon:
             "reload: %s",
             "; ".join(lines) if lines else "nothing changed",
         )
+        self._warn()
 
     def _set_level(self) -> None:
         level = "debug" if self._service.debug_invocation else self.config.settings.log_level

@@ -137,10 +137,10 @@ def runs(taskd):
     return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def left(rabbitmq, vhost):
-    """How many messages each queue of a vhost holds, where it holds any."""
+def left(rabbitmq, vhost, name):
+    """How many messages each queue of that name and its own hold, where they hold any."""
     lines = rabbitmq.ctl("list_queues", "-p", vhost, "name", "messages").splitlines()
-    counts = dict(line.split("\t") for line in lines if line[-1:].isdigit())
+    counts = dict(line.split("\t") for line in lines if line.startswith(name))
     return {queue: int(count) for queue, count in counts.items() if int(count)}
 
 
@@ -192,7 +192,7 @@ def test_2000_messages_of_all_kinds_end_recorded_once_and_in_the_right_place(
         assert taskd.stop() == 0
         dead = sorted(id for id, state in sent.items() if state in ("failed", "rejected"))
         # Nothing is left in any queue, those of retries included, but the dead.
-        wait_until(lambda: left(rabbitmq, vhost) == {f"{name}.dead": len(dead)})
+        wait_until(lambda: left(rabbitmq, vhost, name) == {f"{name}.dead": len(dead)})
         found = []
         while (letter := broker.get(f"{name}.dead")) is not None:
             found.append(letter[0].message_id)

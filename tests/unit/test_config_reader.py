@@ -83,7 +83,7 @@ def test_every_option_is_read(write: Write, tmp_path: Path) -> None:
             "drain_timeout = 2min\nkeep_jobs = 1w\ncrash_limit = 5\nlog_level = debug\n"
             "[queue:q]\nurl = amqps://u:p@mq/%2f\nname = builds\ntype = classic\ndeclare = no\n"
             "task = t\ntasks = t, u\nbody_max = 1M\ndead_letter = dlx/key/1\n"
-            f"acknowledge = early\nduplicate_ids = run\n{tls}"
+            f"acknowledge = early\nduplicate_ids = run\nconsumer_timeout = 1h\n{tls}"
             "[task:t]\ncommand = true {x}\ndirectory = /srv\nenvironment = A=1 'B=2 3'\n"
             "max_running = 2\ntimeout = 30min\nstop_timeout = 1s\nretries = 3\nretry_delay = 1s\n"
             "retry_delay_max = 1min\ncrash_limit = 2\nallow_dash = yes\nleave_children = yes\n"
@@ -101,7 +101,7 @@ def test_every_option_is_read(write: Write, tmp_path: Path) -> None:
     assert settings.control_address == ("::1", 6400)
     assert dataclasses.astuple(queue) == (
         *("q", "amqps://u:p@mq/%2f", "builds", "classic", False, "t", ("t", "u"), 1 << 20),
-        *(("dlx", "key/1"), "early", "run", pem, pem, pem),
+        *(("dlx", "key/1"), "early", "run", 3600, pem, pem, pem),
     )
     assert (queue.kind, queue.secure) == ("amqp", True)
     assert (task.directory, task.environment) == ("/srv", {"A": "1", "B": "2 3"})

@@ -249,6 +249,9 @@ class Queue:
         default="late", metadata=_option(_choice("late", "early"), schemes=_BROKERS)
     )
     duplicate_ids: str = field(default="settle", metadata=_option(_choice("settle", "run")))
+    consumer_timeout: float | None = field(
+        default=1800.0, metadata=_option(_LIMIT, schemes=_BROKERS)
+    )  # of the broker: no client can ask for it
     ca_file: Path | None = field(default=None, metadata=_option(_FILE, schemes=("amqps",)))
     cert_file: Path | None = field(default=None, metadata=_option(_FILE, schemes=("amqps",)))
     key_file: Path | None = field(default=None, metadata=_option(_FILE, schemes=("amqps",)))
@@ -261,6 +264,14 @@ class Queue:
     @property
     def secure(self) -> bool:
         return self.url.startswith("amqps:")
+
+    def outlived_by(self, task: "Task") -> bool:
+        """Whether the broker would take a message back before its job must have ended."""
+        if self.kind != "amqp" or self.acknowledge == "early":
+            return False
+        if self.consumer_timeout is None or task.timeout is None:
+            return False
+        return task.timeout + task.stop_timeout > self.consumer_timeout
 
     def conflicts(self) -> Iterator[tuple[str, str, str]]:
         """What is wrong only between two options: the key at fault, the other, the sentence."""
@@ -321,6 +332,19 @@ class Config:
     queues: dict[str, Queue]
     tasks: dict[str, Task]
     files: tuple[Path, ...]  # what was read, in order
+
+    def warnings(self) -> Iterator[str]:
+        """What is no mistake, and yet not as one would have it."""
+        for queue in self.queues.values():
+            for task in map(self.tasks.__getitem__, queue.tasks):
+                if queue.outlived_by(task):
+                    yield (
+                        f"task {task.name}: may run for {values.format_span(task.timeout or 0)}, "
+                        f"and the broker of queue {queue.name} takes a message back after "
+                        f"{values.format_span(queue.consumer_timeout or 0)} (consumer_timeout); "
+                        "the job then goes on and finds its message again, unless the queue "
+                        "acknowledges early"
+                    )
 
 
 SECTIONS: Mapping[str, type] = {"taskd": Settings, "queue": Queue, "task": Task}

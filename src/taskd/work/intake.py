@@ -313,7 +313,9 @@ class Intake:
     def _wire(self, queue: Queue) -> Hashable:
         """What a source is made of; the rest of a section is the pool's, and may change."""
         unnamed = shares(self._config.queues.values()).get(queue.name)
-        plain = replace(queue, task=None, tasks=(), body_max=0, duplicate_ids="settle")
+        plain = replace(
+            queue, task=None, tasks=(), body_max=0, duplicate_ids="settle", consumer_timeout=None
+        )
         return plain, self._prefetch(queue), unnamed
 
     def _retire(self, inlet: Inlet) -> None:

@@ -175,6 +175,7 @@ class _Declaration:
     queue: str
     arguments: Mapping[str, Any] | None  # None: only look whether it is there
     then: Then
+    on_count: Callable[[int], None] | None = None  # how many messages wait in it
 
 
 class Declarer:
@@ -188,6 +189,10 @@ class Declarer:
 
     def look(self, queue: str, then: Then) -> None:
         self._add(_Declaration(queue, None, then))
+
+    def count(self, queue: str, then: Callable[[int], None]) -> None:
+        """How many messages wait in a queue; no answer where that cannot be known."""
+        self._add(_Declaration(queue, None, lambda refusal: None, then))
 
     def declare(self, queue: str, arguments: Mapping[str, Any], then: Then) -> None:
         self._add(_Declaration(queue, arguments, then))
@@ -224,6 +229,8 @@ class Declarer:
             self._next()
 
     def _on_declared(self, method: Any) -> None:
+        if self._current is not None and self._current.on_count is not None:
+            self._current.on_count(method.method.message_count)
         self._end(None)
 
     def _on_close(self, channel: Any, error: Any) -> None:

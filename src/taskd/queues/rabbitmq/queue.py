@@ -8,7 +8,6 @@ them from the oldest delivery on takes one frame.
 """
 
 import logging
-import time
 from collections.abc import Callable
 from functools import partial
 from itertools import takewhile
@@ -24,14 +23,9 @@ from taskd.queues.rabbitmq.connection import Backoff, Broker
 from taskd.queues.rabbitmq.letters import Visit, Visits
 from taskd.queues.rabbitmq.placing import Copy, Placer
 from taskd.queues.rabbitmq.properties import Properties
-from taskd.queues.rabbitmq.publisher import (
-    NO_CHANNEL,
-    NO_ROUTE,
-    NOT_FOUND,
-    Publication,
-    Refusal,
-    refusal_of,
-)
+from taskd.queues.rabbitmq.publisher import NO_CHANNEL, NOT_FOUND, Refusal, refusal_of
+from taskd.queues.rabbitmq.sending import Sender
+from taskd.queues.rabbitmq.silence import Silence
 from taskd.states import LinkState
 
 log = logging.getLogger(__name__)
@@ -71,14 +65,17 @@ class RabbitQueue:
         self._timer: Timer | None = None
         # By tag, so in the order of delivery: all that the broker counts as ours.
         self._open: dict[int, Delivery] = {}
+        self._came = 0  # the latest tag
         self._acked: set[int] = set()
         self._returned: list[int] = []
         self._settling = 0  # settled by our owner, and not yet on their way to the broker
-        self._publishing = 0  # replies and submissions without a confirm
+        self._sender = Sender(self._key, broker, loop)
         self._visits = Visits()
         self._placer = Placer(
             self.name, broker, loop, on_placed=self._on_placed, on_change=self._tell
         )
+        count = partial(broker.declarer.count, self._key)
+        self._silence = Silence(loop, seen=self._seen, count=count, on_silence=self._on_silence)
 
     # Life
 
@@ -94,6 +91,7 @@ class RabbitQueue:
             self._consume()
         elif not wanted and self._consumer is not None:
             consumer, self._consumer = self._consumer, None
+            self._silence.stop()
             self._channel.basic_cancel(consumer, callback=_ignore)
 
     def close(self) -> None:
@@ -136,7 +134,7 @@ class RabbitQueue:
         }
 
     def drained(self) -> bool:
-        return not self._settling and not self._publishing and self._broker.flushed
+        return not self._settling and not self._sender.unconfirmed and self._broker.flushed
 
     # From a connection to a consumer
 
@@ -193,6 +191,8 @@ class RabbitQueue:
         )
 
     def _on_consuming(self, method: Any) -> None:
+        if self._consumer is not None:
+            self._silence.start()
         self._works()
 
     def _works(self) -> None:
@@ -224,11 +224,29 @@ class RabbitQueue:
         # pika does not answer this (cancel-ok), and a quorum queue then keeps the consumer
         # (rabbitmq-server#17317). Closing the channel removes it for certain.
         if method.method.consumer_tag == self._consumer:
-            channel = self._channel
-            self._fail("RabbitMQ ended the consumer: the queue was deleted, or its node is gone")
-            channel.close()
+            self._reopen(
+                "RabbitMQ ended the consumer: the queue was deleted, its node is gone, "
+                "or a job ran longer than consumer_timeout"
+            )
+
+    def _reopen(self, reason: str) -> None:
+        channel = self._channel
+        self._fail(reason)
+        channel.close()
+
+    def _seen(self) -> object | None:
+        """What came so far, parts of a long message included; None while nothing can come."""
+        if self._consumer is None or len(self._open) >= self._prefetch:
+            return None
+        return self._came, self._channel._content_assembler._seen_so_far
+
+    def _on_silence(self, after: float, waiting: int) -> None:
+        self._reopen(
+            f"nothing came for {format_span(after)}, though messages wait there ({waiting})"
+        )
 
     def _lose(self) -> None:
+        self._silence.stop()
         lost = list(self._open.values())
         self._open.clear()
         self._acked.clear()
@@ -267,7 +285,8 @@ class RabbitQueue:
 
     def _on_message(self, channel: Any, method: Any, properties: Properties, body: bytes) -> None:
         delivery = incoming.delivery(self, method, properties, body)
-        self._open[method.delivery_tag] = delivery
+        self._came = method.delivery_tag
+        self._open[self._came] = delivery
         self._on_delivery(delivery)
 
     # Settlements
@@ -354,51 +373,14 @@ class RabbitQueue:
             self._visits.add(visit)
 
     def reply(self, delivery: Delivery, body: bytes) -> None:
-        original: Properties = delivery.token[1]
-        key = original.raw("reply_to")
-        if not key or delivery.lost:
-            return
-        direct = key.startswith(outgoing.DIRECT_REPLY)
-        broker = self._broker.aside() if direct else self._broker
-        # Not mandatory: RabbitMQ returns a direct reply even where it arrived, and a client that
-        # did not wait is no trouble of ours.
-        publication = Publication(key, outgoing.for_reply(original), body, False, _ignore)
-        self._publish(publication, broker)
+        if not delivery.lost:
+            self._sender.reply(delivery.token[1], body)
 
     def submit(self, message: Message, then: Callable[[str | None], None]) -> None:
-        refusal = self._broker.blocked or None
-        if not self._broker.up:
-            refusal = f"the broker is away: {self._broker.reason}"
-        try:
-            properties = outgoing.for_submission(message, time.time())
-        except ValueError as error:
-            refusal = str(error)
-        if refusal is not None:
-            self._loop.add_callback(partial(then, refusal))
-            return
-        answer = partial(self._on_submitted, then)
-        publication = Publication(self._key, properties, message.body, True, answer)
-        self._publish(publication, self._broker)
+        self._sender.submit(message, then)
 
     def resubmit(self, message: Message, then: Callable[[str | None], None]) -> None:
-        self.submit(message, then)
-
-    def _on_submitted(self, then: Callable[[str | None], None], refusal: Refusal | None) -> None:
-        if refusal is not None and refusal.code == NO_ROUTE:
-            then(f"there is no queue {self._key} at the broker")
-        else:
-            then(str(refusal) if refusal else None)
-
-    def _publish(self, publication: Publication, broker: Broker) -> None:
-        self._publishing += 1
-        then = publication.then
-
-        def count(refusal: Refusal | None) -> None:
-            self._publishing -= 1
-            then(refusal)
-
-        publication.then = count
-        broker.publisher("").publish(publication)
+        self._sender.submit(message, then)
 
 
 def _ignore(_: object) -> None:
