@@ -68,6 +68,7 @@ def test_a_queue_and_a_task_have_the_defaults_that_the_design_gives(write: Write
     assert (task.directory, task.environment, task.timeout) == (None, {}, None)
     assert (task.stop_timeout, task.retries, task.allow_dash) == (10, 0, False)
     assert (task.retry_delay, task.retry_delay_max) == (10, 3600)
+    assert (task.output, task.output_keep) == ("journal", 16384)
     assert (task.leave_children, task.group_files) == (False, {})
     assert (task.path, task.environment_base["LANG"]) == (DEFAULT_PATH, "C.UTF-8")
 
@@ -87,7 +88,8 @@ def test_every_option_is_read(write: Write, tmp_path: Path) -> None:
             "[task:t]\ncommand = true {x}\ndirectory = /srv\nenvironment = A=1 'B=2 3'\n"
             "max_running = 2\ntimeout = 30min\nstop_timeout = 1s\nretries = 3\nretry_delay = 1s\n"
             "retry_delay_max = 1min\ncrash_limit = 2\nallow_dash = yes\nleave_children = yes\n"
-            "watchdog = 30s\nmemory_max = 2G\nmemory_high = 1536M\ncpu_weight = 50\n"
+            "output = file:/srv/log/{job_id}.log\noutput_keep = 1K\nwatchdog = 30s\n"
+            "memory_max = 2G\nmemory_high = 1536M\ncpu_weight = 50\n"
             "cpu_quota = 12.5 %\npids_max = 200\nio_weight = 10000\n"
             "[task:u]\ncommand = true\ntimeout = infinity\n"
         ),
@@ -107,6 +109,7 @@ def test_every_option_is_read(write: Write, tmp_path: Path) -> None:
     assert (task.directory, task.environment) == ("/srv", {"A": "1", "B": "2 3"})
     assert (task.max_running, task.timeout, task.stop_timeout, task.retries) == (2, 1800, 1, 3)
     assert (task.retry_delay, task.retry_delay_max, task.allow_dash) == (1, 60, True)
+    assert (task.output, task.output_keep) == ("file:/srv/log/{job_id}.log", 1024)
     assert (task.watchdog, task.leave_children) == (30, True)
     assert task.group_files == {
         "memory.max": "2147483648",
@@ -209,6 +212,9 @@ def test_every_problem_of_every_file_is_told_at_once(write: Write) -> None:
         (QUEUE + TASK + "retries = -1\n", '5: [task:t] retries: "-1" is not a whole number'),
         (QUEUE + TASK + "retry_delay = 2h\n", "5: [task:t] retry_delay: is longer than retry_del"),
         (QUEUE + TASK + "workers = 4\n", "5: [task:t] workers: there is no such option here"),
+        (QUEUE + TASK + "output = /var/log/x\n", '5: [task:t] output: "/var/log/x" is none of'),
+        (QUEUE + TASK + "output = file:x\n", '5: [task:t] output: "x" is not an absolute path'),
+        (QUEUE + TASK + "output = file:/{id}\n", '5: [task:t] output: "file:/{id}": the only pl'),
         (QUEUE + TASK + "memory_max = much\n", '5: [task:t] memory_max: "much" is not a size'),
         (QUEUE + TASK + "cpu_quota = 2\n", '5: [task:t] cpu_quota: "2" is not a percentage; write'),
         (QUEUE + TASK + "cpu_quota = 0.5%\n", "5: [task:t] cpu_quota: less than 1% of a processor"),

@@ -1,11 +1,13 @@
 """Birth: from what is to be started to a process with its descriptors, in its cgroup."""
 
+import errno
 import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
+from taskd.children.file import FileOutput
 from taskd.children.notify import NotifySocket
 from taskd.errors import SpawnError
 from taskd.kernel.cgroup import Group, Groups
@@ -13,6 +15,9 @@ from taskd.kernel.loop import Loop
 from taskd.kernel.spawn import memfd, spawn
 
 log = logging.getLogger(__name__)
+
+# What the machine may have again in a moment.
+_FULL = (errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +32,7 @@ class Launch:
     stop_timeout: float = 10.0  # from TERM to the kill
     timeout: float | None = None  # it is stopped then, unless it asks for more
     watchdog: float | None = None  # it is aborted when it has been silent for so long
+    output: str | None = None  # a file for it, instead of the journal
     output_keep: int = 16 * 1024
     group: str = ""  # the name of its cgroup, among all children
     limits: Mapping[str, str] = field(default_factory=dict)  # files of its cgroup
@@ -38,8 +44,9 @@ class Newborn:
     """What there is of a child until it has a `Child`, which owns it all from then on."""
 
     pid: int = 0
-    stdout: int = -1  # the pipes' reading ends
+    stdout: int = -1  # the pipes' reading ends; -1 where there is a file instead
     stderr: int = -1
+    file: FileOutput | None = None
     socket: NotifySocket | None = None
     group: Group | None = None
 
@@ -48,6 +55,8 @@ class Newborn:
         for fd in self.stdout, self.stderr:
             if fd >= 0:
                 os.close(fd)
+        if self.file is not None:
+            self.file.close()
         if self.socket is not None:
             self.socket.close()
         if self.group is not None:
@@ -84,12 +93,16 @@ def _bear(
 ) -> None:
     stdin = memfd(launch.payload)
     theirs.append(stdin)
-    born.stdout, stdout = os.pipe()
-    theirs.append(stdout)
-    born.stderr, stderr = os.pipe()
-    theirs.append(stderr)
-    os.set_blocking(born.stdout, False)
-    os.set_blocking(born.stderr, False)
+    if launch.output is None:
+        born.stdout, stdout = os.pipe()
+        theirs.append(stdout)
+        born.stderr, stderr = os.pipe()
+        theirs.append(stderr)
+        os.set_blocking(born.stdout, False)
+        os.set_blocking(born.stderr, False)
+    else:
+        born.file = _file(loop, launch.output, launch.output_keep)
+        stdout = stderr = born.file.fd
     environment = launch.environment
     if notify_path is not None:
         born.socket = NotifySocket(loop, notify_path, uid=os.geteuid())
@@ -111,3 +124,11 @@ def _bear(
         born.pid = start()
     for file, why in groups.limit(born.group, launch.limits).items():
         log.warning("%s: %s not set: %s", launch.group, file, why)
+
+
+def _file(loop: Loop, path: str, keep: int) -> FileOutput:
+    try:
+        return FileOutput(loop, path, keep)
+    except OSError as error:
+        reason = f"output file {path}: {error.strerror}"
+        raise SpawnError(reason, passing=error.errno in _FULL) from None

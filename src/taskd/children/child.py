@@ -22,6 +22,7 @@ from pathlib import Path
 from taskd.children import notify
 from taskd.children.birth import Launch, Newborn, bear
 from taskd.children.deadlines import WATCHDOG, Deadlines
+from taskd.children.file import FileOutput
 from taskd.children.guardian import RESTART_EVERY, Guardian
 from taskd.children.notify import Notice
 from taskd.children.outlet import Outlet
@@ -71,7 +72,7 @@ class Child:
     ) -> None:
         self.pid = born.pid
         self.state = ChildState.RUNNING
-        self.output = Output(
+        self.output: Output | FileOutput = born.file or Output(
             loop,
             outlet,
             launch.fields,

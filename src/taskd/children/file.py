@@ -21,20 +21,16 @@ class FileOutput:
     lost = 0
     drained = True  # nothing of it is ever on its way
 
-    def __init__(
-        self, loop: Loop, path: str, keep: int, *, owner: tuple[int, int] | None = None
-    ) -> None:
+    def __init__(self, loop: Loop, path: str, keep: int) -> None:
         self._loop = loop
         self._keep = keep
         self._waiting: list[Callable[[], None]] = []
         self._timer: Timer | None = None
         self._kept = b""
-        # A link there may be a trap: jobs write in this directory, and we may be root.
+        # A link may be a trap: others may write in this directory.
         flags = os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW | os.O_NOCTTY | os.O_CLOEXEC
         try:
             self.fd = os.open(path, flags | os.O_CREAT | os.O_EXCL, MODE)
-            if owner is not None:
-                os.fchown(self.fd, *owner)
         except FileExistsError:
             self.fd = os.open(path, flags | os.O_NONBLOCK)  # a FIFO would hold us up
         self._first = self._seen = self._total = self._size()
@@ -71,7 +67,8 @@ class FileOutput:
         if self.ended:
             self._tell()
         elif self._timer is None:
-            self._seen = self.total
+            # Not the size of now: what came since the caller asked for it is news.
+            self._seen = self._total
             self._look()
 
     def cut(self) -> None:
@@ -90,8 +87,8 @@ class FileOutput:
 
     def _look(self) -> None:
         self._timer = None
-        if self.total != self._seen:
-            self._seen = self.total
+        if self.total != self._seen - self._first:
+            self._seen = self._total
             self._tell()
         if self._waiting:
             self._timer = self._loop.call_later(LOOK_EVERY, self._look)

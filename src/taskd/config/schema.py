@@ -163,6 +163,18 @@ def _environment(text: str, words: Sequence[str]) -> dict[str, str]:
     return environment
 
 
+def _output(text: str) -> str:
+    if text in ("journal", "null"):
+        return text
+    scheme, colon, path = text.partition(":")
+    if scheme != "file" or not colon:
+        raise ValueError(f"{quoted(text)} is none of journal, null and file:/PATH")
+    values.parse_absolute(path)
+    if set("{}") & set(path.replace("{job_id}", "")):
+        raise ValueError(f"{quoted(text)}: the only placeholder here is {{job_id}}")
+    return text
+
+
 TEXT = Kind(str)
 _SECRET = Kind(str, lambda value: "***")
 _BOOLEAN = Kind(values.parse_boolean, values.format_boolean)
@@ -300,6 +312,8 @@ class Task:
     crash_limit: int | None = field(default=None, metadata=_option(_COUNT))
     allow_dash: bool = field(default=False, metadata=_option(_BOOLEAN))
     watchdog: float | None = field(default=None, metadata=_option(_LIMIT))
+    output: str = field(default="journal", metadata=_option(Kind(_output)))
+    output_keep: int = field(default=16 << 10, metadata=_option(_SIZE))
     leave_children: bool = field(default=False, metadata=_option(_BOOLEAN))
     memory_max: int | None = field(default=None, metadata=_option(_SIZE))
     memory_high: int | None = field(default=None, metadata=_option(_SIZE))

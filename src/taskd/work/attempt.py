@@ -22,6 +22,7 @@ def launch(job: Job, fields: Mapping[str, str]) -> Launch:
     if task.watchdog is not None:
         # Without WATCHDOG_PID: any of the job's processes may speak for it.
         environment["WATCHDOG_USEC"] = str(round(task.watchdog * 1e6))
+    name = safe_name(job.id)
     return Launch(
         argv=job.argv,
         environment=environment,
@@ -31,7 +32,19 @@ def launch(job: Job, fields: Mapping[str, str]) -> Launch:
         stop_timeout=task.stop_timeout,
         timeout=task.timeout,
         watchdog=task.watchdog,
-        group=f"{safe_name(job.id)}.{job.attempt}",
+        output=_file(task.output, name),
+        output_keep=task.output_keep,
+        group=f"{name}.{job.attempt}",
         limits=task.group_files,
         leave_children=task.leave_children,
     )
+
+
+def _file(output: str, name: str) -> str | None:
+    match output:
+        case "journal":
+            return None
+        case "null":
+            return "/dev/null"
+        case _:
+            return output.removeprefix("file:").replace("{job_id}", name)

@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any
 
 from taskd.children.child import Children, Exit
+from taskd.children.file import FileOutput
 from taskd.children.output import Output
 from taskd.config.schema import Config
 from taskd.errors import Rejected, SpawnError, StoreAway
@@ -76,7 +77,9 @@ class Pool:
         self._begun: dict[str, Job] = {}  # whose beginning is not recorded yet
         self._speech = Speech(loop, recorder, rows, story, unrecorded=self._begun)
         self._rejections = Rejections(recorder, rows, story, self.jobs)
-        self._outputs: OrderedDict[str, Output] = OrderedDict()  # of jobs that have ended
+        self._outputs: OrderedDict[str, Output | FileOutput] = (
+            OrderedDict()
+        )  # of jobs that have ended
         self.last_start: dict[str, float] = {}  # of each queue's jobs, by the loop's clock
 
     # Deliveries
@@ -402,7 +405,7 @@ class Pool:
         job.cancelled = reason
         return True
 
-    def output(self, id: str) -> Output | None:
+    def output(self, id: str) -> Output | FileOutput | None:
         """What the latest attempt of a running or recent job says; None where only the store
         can tell."""
         job = self.jobs.get(id)
