@@ -76,7 +76,16 @@ class Line:
 class Scene:
     """`with scene(tmp_path, url) as it:`; the queue's name is the scene's own."""
 
-    def __init__(self, directory: Path, url: str, config: str = CONFIG, **options: str) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        url: str,
+        config: str = CONFIG,
+        *,
+        store: Path | None = None,
+        **options: str,
+    ) -> None:
+        """`store`: the directory of the store, where it is not the scene's own."""
         self.directory = directory
         self.url = url
         self.name = f"work-{uuid.uuid4().hex[:8]}"
@@ -87,7 +96,10 @@ class Scene:
         values = {"url": url, "name": self.name, "settings": "", "queue": "", "task": "", **options}
         for key, value in values.items():
             config = config.replace(f"@{key}@", value)
-        self.taskd = Taskd(directory, config)
+        self.taskd = Taskd(directory, "")
+        if store is not None:
+            self.taskd.database = store / "taskd.db"
+        self.taskd.write(config)
         self._connection: Any = None
 
     # The daemon
@@ -217,9 +229,17 @@ class Scene:
 
 @contextmanager
 def scene(
-    directory: Path, url: str, config: str = CONFIG, *, die_at: str | None = None, **options: str
+    directory: Path,
+    url: str,
+    config: str = CONFIG,
+    *,
+    die_at: str | None = None,
+    store: Path | None = None,
+    environ: dict[str, str] | None = None,
+    **options: str,
 ) -> Iterator[Scene]:
-    it = Scene(directory, url, config, **options)
+    it = Scene(directory, url, config, store=store, **options)
+    it.taskd.environ.update(environ or {})
     try:
         it.start(die_at=die_at)
         yield it

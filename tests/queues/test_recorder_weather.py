@@ -2,7 +2,6 @@
 
 import os
 import sqlite3
-import subprocess
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,7 @@ from sqlalchemy.pool import Pool
 
 from taskd.states import StoreState
 from taskd.store import statements
+from tests.support.disks import ReadOnlyDisk, SmallDisk, may_mount
 from tests.support.store import (
     Store,
     audit,
@@ -79,37 +79,6 @@ class FewPages:
         self.free()
 
 
-class SmallDisk:
-    """A real file system with too little room."""
-
-    def __init__(self, path: Path) -> None:
-        self.directory = path.parent
-        self.directory.mkdir()
-        options = "size=1m,mode=2770"
-        mount("-t", "tmpfs", "-o", options, "tmpfs", self.directory)
-
-    def free(self) -> None:
-        mount("-o", "remount,size=64m", self.directory)
-
-    def close(self) -> None:
-        subprocess.run(["umount", self.directory], check=True, timeout=30)
-
-
-class ReadOnlyDisk:
-    """Another mount of the directory, which takes no writes: not even root's."""
-
-    def __init__(self, path: Path) -> None:
-        self.directory = path.parent
-        mount("--bind", self.directory, self.directory)
-        mount("-o", "remount,ro,bind", self.directory)
-
-    def free(self) -> None:
-        mount("-o", "remount,rw,bind", self.directory)
-
-    def close(self) -> None:
-        subprocess.run(["umount", self.directory], check=True, timeout=30)
-
-
 class ReadOnlyFile:
     """What holds back everyone but root."""
 
@@ -124,22 +93,12 @@ class ReadOnlyFile:
         self.free()
 
 
-def mount(*words: object) -> None:
-    subprocess.run(["mount", *map(str, words)], check=True, timeout=30)
-
-
-def may_mount() -> bool:
-    """Root may not everywhere."""
-    probe = ["unshare", "--mount", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
-    return os.geteuid() == 0 and subprocess.run(probe, capture_output=True).returncode == 0
-
-
 MOUNTS = may_mount()
 
 
 @pytest.fixture(params=[FewPages, SmallDisk] if MOUNTS else [FewPages])
 def full(request: pytest.FixtureRequest, path: Path) -> Iterator[Any]:
-    disk = request.param(path)
+    disk = SmallDisk(path.parent) if request.param is SmallDisk else FewPages(path)
     yield disk
     disk.close()
 
@@ -167,7 +126,7 @@ def test_a_read_only_database_is_away_until_it_can_be_written(path: Path) -> Non
         store.up()
     if os.geteuid() == 0 and not MOUNTS:
         pytest.skip("root is not held back by modes, and may not mount here")
-    disk = ReadOnlyDisk(path) if MOUNTS else ReadOnlyFile(path)
+    disk = ReadOnlyDisk(path.parent) if MOUNTS else ReadOnlyFile(path)
     try:
         with Store(path) as store:
             durable: list[str] = []
