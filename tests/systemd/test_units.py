@@ -16,6 +16,7 @@ UNITS = (
     "taskd.socket",
     "taskd-reload.path",
     "taskd-reload.service",
+    "taskd-reload-again.service",
     "taskd-submit@archive.timer",
     "taskd-submit@archive.service",
 )
@@ -109,26 +110,40 @@ def test_busctl_finds_what_it_is_doing(taskd: Taskd) -> None:
     assert told.startswith('s "running: 0 running')
 
 
+SECOND = BASIC.replace("tasks = ", "tasks = second, ") + "\n[task:second]\ncommand = true\n"
+
+
+def tasks(taskd: Taskd) -> set[str]:
+    return {row["name"] for row in taskd.ask("TASKS")}
+
+
 def test_saving_a_file_reloads_it(taskd: Taskd) -> None:
     taskd.start()
     machine, pid = taskd.machine, taskd.pid
     machine.sh("systemctl enable --now taskd-reload.path")
-
-    def tasks() -> set[str]:
-        return {row["name"] for row in taskd.ask("TASKS")}
-
-    saved = f"{BASIC}\n[task:second]\ncommand = true\n".replace("tasks = ", "tasks = second, ")
-    machine.write(CONFIG, saved)
-    wait_until(lambda: "second" in tasks(), 30)
+    machine.write(CONFIG, SECOND)
+    wait_until(lambda: "second" in tasks(taskd), 60)
     # As editors do it: a new file in the place of the old one.
     machine.write(f"{CONFIG}.new", BASIC)
     machine.sh(f"mv {CONFIG}.new {CONFIG}")
-    wait_until(lambda: "second" not in tasks(), 30)
+    wait_until(lambda: "second" not in tasks(taskd), 60)
     # A mistake shows where one looks.
     machine.sh("echo nonsense >>/etc/taskd/conf.d/test.conf")
     taskd.until_status("reload refused: /etc/taskd/conf.d/test.conf")
     wait_until(lambda: machine.get("taskd-reload.service", "ActiveState") == "failed", 30)
     assert taskd.pid == pid
+
+
+def test_a_file_saved_during_a_reload_is_not_overlooked(taskd: Taskd) -> None:
+    """From the start of a reload to its very end, systemd does not watch the directory."""
+    taskd.start()
+    machine = taskd.machine
+    machine.write("/run/test/late", SECOND)
+    late = f"[Service]\nExecStopPost=-/bin/mv /run/test/late {CONFIG}\n"
+    taskd.drop_in(late, "taskd-reload.service")
+    machine.sh("systemctl enable --now taskd-reload.path")
+    machine.write(CONFIG, f"# saved\n{BASIC}")
+    wait_until(lambda: "second" in tasks(taskd), 60)
 
 
 def test_a_calendar_submits_one_job_each_time_however_many_hosts(taskd: Taskd) -> None:
