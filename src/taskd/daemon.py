@@ -34,6 +34,7 @@ from taskd.service import Service
 from taskd.states import DAEMON_MOVES, DaemonState, StoreState, move
 from taskd.store.recorder import Recorder
 from taskd.store.retention import Retention
+from taskd.work.admission import Admission
 from taskd.work.cancel import Cancelling
 from taskd.work.containment import Containment
 from taskd.work.events import Events
@@ -140,6 +141,9 @@ class Daemon:
             on_change=self._tell,
         )
         self.intake.hold(STORE)
+        self.admission = Admission(self.loop, hold=self.intake.hold, release=self.intake.release)
+        self.admission.keep(config.settings.pressure_limits)
+        self.pool.on_fill = self.admission.on_fill
         self.retention = Retention(self.loop, self.recorder, config.settings.keep_jobs)
         self._server = self._listen()
 
@@ -314,6 +318,7 @@ class Daemon:
         self.trouble = ""
         self._set_level()
         self.containment.keep(config.tasks.values())
+        self.admission.keep(config.settings.pressure_limits)
         self.retention.keep(config.settings.keep_jobs)
         self._server.password = config.settings.control_password
         self.pool.configure(config)
@@ -419,6 +424,7 @@ class Daemon:
             self.state = DaemonState.STOPPED
         self._server.close()
         self.retention.close()
+        self.admission.close()
         self.intake.close()
         # One more pass, so that what was said to the brokers leaves.
         self.loop.call_later(0, lambda: None)

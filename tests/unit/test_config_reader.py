@@ -55,6 +55,7 @@ def test_an_empty_file_is_all_defaults(write: Write) -> None:
     assert config.settings.control_address is None
     assert (config.settings.max_running, config.settings.drain_timeout) == (64, 90)
     assert (config.settings.keep_jobs, config.settings.log_level) == (30 * 86400, "info")
+    assert config.settings.pressure_limits == {}
 
 
 def test_a_queue_and_a_task_have_the_defaults_that_the_design_gives(write: Write) -> None:
@@ -82,6 +83,7 @@ def test_every_option_is_read(write: Write, tmp_path: Path) -> None:
             "[taskd]\nstore = postgresql+psycopg://u:p@db/taskd\ncontrol = /run/x.sock\n"
             "control_tcp = [::1]:6400\ncontrol_password = p\nmax_running = 8\n"
             "drain_timeout = 2min\nkeep_jobs = 1w\ncrash_limit = 5\nlog_level = debug\n"
+            "memory_pressure_limit = 40%\ncpu_pressure_limit = 99.9 %\nio_pressure_limit = 5%\n"
             "[queue:q]\nurl = amqps://u:p@mq/%2f\nname = builds\ntype = classic\ndeclare = no\n"
             "task = t\ntasks = t, u\nbody_max = 1M\ndead_letter = dlx/key/1\n"
             f"acknowledge = early\nduplicate_ids = run\nconsumer_timeout = 1h\n{tls}"
@@ -98,8 +100,9 @@ def test_every_option_is_read(write: Write, tmp_path: Path) -> None:
     settings, queue, task = config.settings, config.queues["q"], config.tasks["t"]
     assert dataclasses.astuple(settings) == (
         *("postgresql+psycopg://u:p@db/taskd", Path("/run/x.sock"), "[::1]:6400", "p"),
-        *(8, 120, 604800, 5, "debug"),
+        *(8, 120, 604800, 5, 40, 99.9, 5, "debug"),
     )
+    assert settings.pressure_limits == {"memory": 40, "cpu": 99.9, "io": 5}
     assert settings.control_address == ("::1", 6400)
     assert dataclasses.astuple(queue) == (
         *("q", "amqps://u:p@mq/%2f", "builds", "classic", False, "t", ("t", "u"), 1 << 20),
@@ -197,6 +200,7 @@ def test_every_problem_of_every_file_is_told_at_once(write: Write) -> None:
         (TASK + "[queue:q]\nurl = localhost\n", "4: [queue:q] url: this is not a URL; use amqp://"),
         (TASK + "[queue:q]\nurl = embedded:x\n", "4: [queue:q] url: embedded: is not a kind of qu"),
         (TASK + "[queue:q]\nurl = amqp://h:x/\n", "4: [queue:q] url: the URL's host and port cann"),
+        ("[taskd]\ncpu_pressure_limit = 100%\n", "2: [taskd] cpu_pressure_limit: work can't wai"),
         (QUEUE + "[task:t]\n", "3: [task:t] command: is missing, and has no default"),
         (QUEUE + "[task:t]\ncommand = a 'b\n", "4: [task:t] command: cannot be split into words"),
         (QUEUE + "[task:t]\ncommand = {x}\n", "4: [task:t] command: the program itself may not"),

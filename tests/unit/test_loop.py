@@ -283,3 +283,16 @@ def test_a_closed_loop_may_be_closed_again() -> None:
     loop.close()
     loop.close()
     assert set(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+
+
+def test_a_hang_up_is_told_to_who_waits_for_something_urgent_alone(loop: Loop) -> None:
+    """Else the loop would turn without end: a hang-up is reported for as long as it lasts."""
+    told: list[int] = []
+    with Wire() as wire:
+        loop.add_handler(wire.fd, lambda fd, events: told.append(events), Loop.PRIORITY)
+        loop.run_once()
+        assert told == []
+        wire.writing.close()
+        loop.run_once()
+        assert told == [Loop.PRIORITY]
+        loop.remove_handler(wire.fd)

@@ -47,6 +47,14 @@ def parse_percent(text: str) -> float:
     return float(match[1])
 
 
+def parse_pressure(text: str) -> float:
+    """Percent of the time that some work waits."""
+    percent = parse_percent(text)
+    if percent >= 100:
+        raise ValueError("work can't wait for more than all of the time: less than 100%")
+    return percent
+
+
 def format_percent(percent: float) -> str:
     return f"{percent:g}%"
 

@@ -186,6 +186,7 @@ _LIMIT = Kind(values.parse_limit, values.format_span, none="infinity")
 _SIZE = Kind(values.parse_size, values.format_size)
 _WEIGHT = Kind(limits.parse_weight)
 _QUOTA = Kind(limits.parse_quota, limits.format_percent)
+_PRESSURE = Kind(limits.parse_pressure, limits.format_percent)
 _FILE = Kind(values.parse_readable_file)
 _DIRECTORY = Kind(lambda text: str(values.parse_absolute(text)))
 _NAMES = Kind(values.parse_names, ", ".join)
@@ -216,9 +217,22 @@ class Settings:
     drain_timeout: float = field(default=90.0, metadata=_option(_SPAN))
     keep_jobs: float = field(default=30 * 86400.0, metadata=_option(_LONG_SPAN))
     crash_limit: int = field(default=3, metadata=_option(_COUNT))
+    memory_pressure_limit: float | None = field(default=None, metadata=_option(_PRESSURE))
+    cpu_pressure_limit: float | None = field(default=None, metadata=_option(_PRESSURE))
+    io_pressure_limit: float | None = field(default=None, metadata=_option(_PRESSURE))
     log_level: str = field(
         default="info", metadata=_option(_choice("debug", "info", "warning", "error"))
     )
+
+    @property
+    def pressure_limits(self) -> dict[str, float]:
+        """In percent, by resource as the kernel names it."""
+        limits = {
+            "memory": self.memory_pressure_limit,
+            "cpu": self.cpu_pressure_limit,
+            "io": self.io_pressure_limit,
+        }
+        return {resource: limit for resource, limit in limits.items() if limit is not None}
 
     @property
     def control_address(self) -> tuple[str, int] | None:

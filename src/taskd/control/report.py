@@ -10,6 +10,7 @@ from taskd import __version__
 from taskd.config.schema import Config
 from taskd.states import DaemonState, LinkState, StoreState
 from taskd.store.recorder import Recorder
+from taskd.work.admission import Admission
 from taskd.work.intake import Intake
 from taskd.work.pool import Pool
 
@@ -31,6 +32,7 @@ class Reported(Protocol):
     pool: Pool
     intake: Intake
     recorder: Recorder
+    admission: Admission
 
 
 def status(daemon: Reported) -> str:
@@ -77,6 +79,7 @@ def info(daemon: Reported) -> dict[str, dict[str, Any]]:
             "max_running": daemon.config.settings.max_running,
         },
         "Store": daemon.recorder.status(),
+        "Pressure": daemon.admission.status(),
         "Memory": {"used_memory_rss": int(pages) * os.sysconf("SC_PAGE_SIZE")},
     }
 

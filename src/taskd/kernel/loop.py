@@ -65,7 +65,7 @@ class Loop:
     READ = select.EPOLLIN
     WRITE = select.EPOLLOUT
     PRIORITY = select.EPOLLPRI  # what files of the kernel report that have changed
-    # An error or a hang-up is reported as readable and writable: reading or writing tells more.
+    # An error or a hang-up is reported as all that is watched for: reading or writing tells more.
     ERROR = 0
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -163,8 +163,8 @@ class Loop:
             # another file under the same number: pika raises KeyError if it is called then.
             if watch is None or watch.born == self._pass:
                 continue
-            if events & ~(self.READ | self.WRITE):
-                events |= self.READ | self.WRITE
+            if events & ~(self.READ | self.WRITE | self.PRIORITY):
+                events = watch.events
             events &= watch.events
             if events:
                 watch.handler(fd, events)

@@ -59,6 +59,7 @@ class Pool:
         self.jobs: dict[str, Job] = {}
         self.slots = Slots(config)
         self.on_slot: Callable[[], None] = lambda: None  # a slot became free
+        self.on_fill: Callable[[], None] = lambda: None  # jobs are about to start
         self.on_wait: Callable[[str], None] = lambda queue: None  # a queue's job found no slot
         # A job is recorded whose message is to be acknowledged early: its delivery from now on.
         self.on_keep: Callable[[Job], Delivery] = lambda job: job.delivery
@@ -258,6 +259,7 @@ class Pool:
     def _fill(self) -> None:
         """Start what waits, as far as there are slots."""
         self._filling = False
+        self.on_fill()
         while (job := self.slots.next()) is not None:
             self._start(job)
         for queue in self.slots.queues():
