@@ -7,6 +7,7 @@ starting -> running -> draining -> stopped
 """
 
 import logging
+import os
 import signal
 import socket
 import uuid
@@ -286,10 +287,10 @@ class Daemon:
         Raises ConfigError, with every problem, and then nothing has changed.
         """
         if dry:
-            return diff(self.config, reader.read(self.path)).lines()
+            return diff(self.config, reader.read(self.path, uid=os.geteuid())).lines()
         self._service.reloading()
         try:
-            config = reader.read(self.path)
+            config = reader.read(self.path, uid=os.geteuid())
             change = diff(self.config, config)
             self._apply(config, change)
         except ConfigError as error:

@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     sink = journal.open_sink(os.environ)
     handler = journal.install(sink)
     try:
-        config = reader.read(path)
+        config = reader.read(path, uid=os.geteuid())
     except ConfigError as error:
         log = logging.getLogger("taskd")
         for problem in error.problems:

@@ -3,8 +3,9 @@
 import dataclasses
 import os
 import re
+import resource
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,8 @@ def test_every_option_is_read(write: Write, tmp_path: Path) -> None:
             "output = file:/srv/log/{job_id}.log\noutput_keep = 1K\nwatchdog = 30s\n"
             "memory_max = 2G\nmemory_high = 1536M\ncpu_weight = 50\n"
             "cpu_quota = 12.5 %\npids_max = 200\nio_weight = 10000\n"
+            "limit_core = 0\nlimit_nofile = 1024 : 4096\nlimit_as = 2G:infinity\nlimit_cpu = 1h\n"
+            "nice = -5\noom_score_adjust = 500\numask = 027\nno_new_privileges = yes\n"
             "[task:u]\ncommand = true\ntimeout = infinity\n"
         ),
         {},
@@ -122,8 +125,39 @@ def test_every_option_is_read(write: Write, tmp_path: Path) -> None:
         "pids.max": "200",
         "io.weight": "10000",
     }
+    (prlimit, *limits), rest = split(task.hop, "--")
+    assert prlimit.endswith("/prlimit")
+    assert limits == [
+        *("--as=2147483648:unlimited", "--core=0:0", "--cpu=3600:3600", "--nofile=1024:4096"),
+    ]
+    (nice, *words), rest = split(rest, "--")
+    assert (nice.endswith("/nice"), words) == (True, ["-n", "-5"])
+    (choom, *words), rest = split(rest, "--")
+    assert (choom.endswith("/choom"), words) == (True, ["-n", "500"])
+    (setpriv, *words), rest = split(rest, "--")
+    assert (setpriv.endswith("/setpriv"), words, rest) == (True, ["--no-new-privs"], [])
+    assert (task.umask, config.tasks["u"].hop) == (0o27, ())
     assert task.environment_base.items() > {"A": "1", "B": "2 3", "PATH": DEFAULT_PATH}.items()
     assert config.tasks["u"].timeout is None
+
+
+def split(words: Sequence[str], mark: str) -> tuple[list[str], list[str]]:
+    at = list(words).index(mark)
+    return [*words[:at]], [*words[at + 1 :]]
+
+
+def test_what_only_root_may_set_is_held_against_another_user_alone(write: Write) -> None:
+    path = write(QUEUE + TASK + "nice = -1\noom_score_adjust = -1\nlimit_nofile = 1073741824\n")
+    assert read(path).tasks["t"].nice == -1
+    own = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with pytest.raises(ConfigError) as told:
+        read(path, uid=1000)
+    found = [str(problem).partition("[task:t] ")[2] for problem in told.value.problems]
+    assert found == [
+        "nice: only a taskd that runs as root can go below 0",
+        "oom_score_adjust: only a taskd that runs as root can go below 0",
+        f"limit_nofile: taskd itself has {own}, and cannot give more",
+    ]
 
 
 def test_every_problem_of_every_file_is_told_at_once(write: Write) -> None:
@@ -219,6 +253,13 @@ def test_every_problem_of_every_file_is_told_at_once(write: Write) -> None:
         (QUEUE + TASK + "output = /var/log/x\n", '5: [task:t] output: "/var/log/x" is none of'),
         (QUEUE + TASK + "output = file:x\n", '5: [task:t] output: "x" is not an absolute path'),
         (QUEUE + TASK + "output = file:/{id}\n", '5: [task:t] output: "file:/{id}": the only pl'),
+        (QUEUE + TASK + "limit_as = 2:1\n", '5: [task:t] limit_as: "2:1": the soft limit is above'),
+        (QUEUE + TASK + "limit_as = 1:2:3\n", '5: [task:t] limit_as: "1:2:3" is not a limit; wri'),
+        (QUEUE + TASK + "limit_nproc = 1K\n", '5: [task:t] limit_nproc: "1K" is not a whole num'),
+        (QUEUE + TASK + "limit_cpu = soon\n", '5: [task:t] limit_cpu: "soon" is not a time; wri'),
+        (QUEUE + TASK + "umask = 888\n", '5: [task:t] umask: "888" is not a umask; write one'),
+        (QUEUE + TASK + "nice = 20\n", '5: [task:t] nice: "20" is not a whole number from -20'),
+        (QUEUE + TASK + "oom_score_adjust = x\n", '5: [task:t] oom_score_adjust: "x" is not a wh'),
         (QUEUE + TASK + "memory_max = much\n", '5: [task:t] memory_max: "much" is not a size'),
         (QUEUE + TASK + "cpu_quota = 2\n", '5: [task:t] cpu_quota: "2" is not a percentage; write'),
         (QUEUE + TASK + "cpu_quota = 0.5%\n", "5: [task:t] cpu_quota: less than 1% of a processor"),

@@ -34,6 +34,7 @@ class Launch:
     watchdog: float | None = None  # it is aborted when it has been silent for so long
     output: str | None = None  # a file for it, instead of the journal
     output_keep: int = 16 * 1024
+    umask: int | None = None
     group: str = ""  # the name of its cgroup, among all children
     limits: Mapping[str, str] = field(default_factory=dict)  # files of its cgroup
     leave_children: bool = False  # whether what it leaves behind lives on
@@ -115,6 +116,7 @@ def _bear(
         stdout=stdout,
         stderr=stderr,
         directory=launch.directory,
+        umask=launch.umask,
     )
     if groups is None:
         born.pid = start()

@@ -1,11 +1,15 @@
-"""Limits: what all processes of a job may have together.
+"""Limits: what a job may have.
 
-They are files of the job's cgroup, which the kernel's admin-guide/cgroup-v2.rst describes. Each
-needs a controller that was delegated to us.
+What all its processes may have together is written into files of its cgroup (`group_files`), which
+the kernel's admin-guide/cgroup-v2.rst describes; each needs a controller that was delegated to us.
+The rest is composed in front of its command, an exec each, and only what the task asks for (`hop`):
+`prlimit`, `nice`, `choom` and `setpriv` change themselves and become the command. Set on a running
+process, it would lose the race against its first fork.
 """
 
 import re
-from collections.abc import Mapping
+import resource
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from taskd.config import values
@@ -20,8 +24,16 @@ GROUP_FILES = {
     "pids_max": ("pids.max", "pids"),
     "io_weight": ("io.weight", "io"),
 }
+RLIMITS = (
+    *("as", "core", "cpu", "data", "fsize", "memlock", "msgqueue", "nice", "nofile", "nproc"),
+    *("rtprio", "rttime", "sigpending", "stack"),
+)
 _PERIOD_USEC = 100_000  # cpu.max's own default
 _PERCENT = re.compile(r"(\d+(?:\.\d*)?)\s*%", re.ASCII)
+_OCTAL = re.compile(r"0?[0-7]{3}", re.ASCII)
+_SIGNED = re.compile(r"[+-]?\d{1,4}", re.ASCII)
+
+Rlimit = tuple[float | None, float | None]  # soft and hard; None is infinity
 
 
 def parse_weight(text: str) -> int:
@@ -59,6 +71,67 @@ def format_percent(percent: float) -> str:
     return f"{percent:g}%"
 
 
+def parse_nice(text: str) -> int:
+    return _between(text, -20, 19)
+
+
+def parse_oom_score(text: str) -> int:
+    return _between(text, -1000, 1000)
+
+
+def _between(text: str, least: int, most: int) -> int:
+    if not _SIGNED.fullmatch(text) or not least <= int(text) <= most:
+        raise ValueError(f"{quoted(text)} is not a whole number from {least} to {most}")
+    return int(text)
+
+
+def parse_umask(text: str) -> int:
+    if not _OCTAL.fullmatch(text):
+        raise ValueError(f"{quoted(text)} is not a umask; write one such as 0027")
+    return int(text, 8)
+
+
+def format_umask(umask: int) -> str:
+    return f"{umask:04o}"
+
+
+def parse_whole(text: str) -> int:
+    """A whole number from 0 on."""
+    if not (text.isascii() and text.isdigit() and len(text) <= 15):
+        raise ValueError(f"{quoted(text)} is not a whole number")
+    return int(text)
+
+
+def rlimit(parse: Callable[[str], float]) -> Callable[[str], Rlimit]:
+    """SOFT:HARD, or one value for both; `infinity` is no limit."""
+
+    def read(text: str) -> Rlimit:
+        parts = [part.strip() for part in text.split(":")]
+        if len(parts) > 2:
+            raise ValueError(f"{quoted(text)} is not a limit; write one, or SOFT:HARD")
+        soft, hard = (_bound(part, parse) for part in (parts * 2)[:2])
+        if hard is not None and (soft is None or soft > hard):
+            raise ValueError(f"{quoted(text)}: the soft limit is above the hard one")
+        return soft, hard
+
+    return read
+
+
+def _bound(text: str, parse: Callable[[str], float]) -> float | None:
+    match text:
+        case "infinity":
+            return None
+        case "0":  # also where a size is asked for, which is otherwise at least 1
+            return 0
+        case _:
+            return parse(text)
+
+
+def format_rlimit(limit: Rlimit) -> str:
+    soft, hard = ("infinity" if part is None else f"{part:.0f}" for part in limit)
+    return soft if soft == hard else f"{soft}:{hard}"
+
+
 def group_files(options: Mapping[str, Any]) -> dict[str, str]:
     """What is written into the files of a job's cgroup."""
     files = {}
@@ -68,3 +141,37 @@ def group_files(options: Mapping[str, Any]) -> dict[str, str]:
             if option == "cpu_quota":
                 files[file] = f"{round(value * _PERIOD_USEC / 100)} {_PERIOD_USEC}"
     return files
+
+
+def hop(options: Mapping[str, Any], find: Callable[[str], str]) -> tuple[str, ...]:
+    """What stands before the command. `find` gives the path of a program, or a ValueError."""
+    words: list[str] = []
+    limits = [
+        f"--{name}={':'.join('unlimited' if part is None else f'{part:.0f}' for part in limit)}"
+        for name in RLIMITS
+        if (limit := options.get(f"limit_{name}")) is not None
+    ]
+    if limits:
+        words += [find("prlimit"), *limits, "--"]
+    for option, program in ("nice", "nice"), ("oom_score_adjust", "choom"):
+        if (number := options.get(option)) is not None:
+            words += [find(program), "-n", str(number), "--"]
+    if options.get("no_new_privileges"):
+        words += [find("setpriv"), "--no-new-privs", "--"]
+    return tuple(words)
+
+
+def forbidden(options: Mapping[str, Any], uid: int) -> dict[str, str]:
+    """What a daemon of this user cannot do for a task: option and sentence."""
+    if uid == 0:
+        return {}
+    problems = {}
+    for key in "nice", "oom_score_adjust":
+        if (options.get(key) or 0) < 0:
+            problems[key] = "only a taskd that runs as root can go below 0"
+    for name in RLIMITS:
+        if (limit := options.get(f"limit_{name}")) is not None:
+            own = resource.getrlimit(getattr(resource, f"RLIMIT_{name.upper()}"))[1]
+            if own != resource.RLIM_INFINITY and (limit[1] is None or limit[1] > own):
+                problems[f"limit_{name}"] = f"taskd itself has {own}, and cannot give more"
+    return problems

@@ -10,11 +10,12 @@ import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from taskd.config.command import base_environment, locate
-from taskd.config.limits import group_files
+from taskd.config import limits
+from taskd.config.command import DEFAULT_PATH, base_environment, find_program, locate
 from taskd.config.references import References, Undeclared
 from taskd.config.schema import SECTIONS, Config, Kind, Option, Queue, Settings, Task, options
 from taskd.config.tokens import Section, tokenize
@@ -27,9 +28,13 @@ _CONTINUATION = re.compile(r"(?<!\\)\\\n")
 _FORMS = "there are [taskd], [queue:NAME] and [task:NAME]"
 
 
-def read(path: Path, environ: Mapping[str, str] = os.environ) -> Config:
-    """The whole configuration, checked; raises ConfigError with all that is wrong."""
-    reading = _Reading(environ)
+def read(path: Path, environ: Mapping[str, str] = os.environ, *, uid: int | None = None) -> Config:
+    """The whole configuration, checked; raises ConfigError with all that is wrong.
+
+    `uid` is that of the daemon that is to work by it; without one, what only some may do is not
+    held against it.
+    """
+    reading = _Reading(environ, uid)
     reading.load(path)
     config = reading.config()
     if reading.problems:
@@ -52,7 +57,8 @@ class _Draft:
 class _Reading:
     """One run of `read`. It goes on to the end whatever it finds, and gathers the problems."""
 
-    def __init__(self, environ: Mapping[str, str]) -> None:
+    def __init__(self, environ: Mapping[str, str], uid: int | None) -> None:
+        self._uid = uid
         self.files: list[Path] = []
         self.problems: list[Problem] = []
         self._environ = environ
@@ -200,12 +206,24 @@ class _Reading:
         values = draft.values
         base = base_environment(self._environ, values.get("environment", {}))
         values["environment_base"] = base
-        values["group_files"] = group_files(values)
+        values["group_files"] = limits.group_files(values)
+        self._prepare_hop(draft)
         if values["command"] and "environment" not in draft.failed:
             try:
                 values["command"] = locate(values["command"], base["PATH"])
             except ValueError as error:
                 self._complain(draft.section, "command", str(error))
+
+    def _prepare_hop(self, draft: _Draft) -> None:
+        """What stands before the command."""
+        try:
+            find = partial(find_program, path=DEFAULT_PATH)
+            draft.values["hop"] = limits.hop(draft.values, find)
+        except ValueError as error:
+            self._complain(draft.section, "", str(error))
+        if self._uid is not None:
+            for key, text in limits.forbidden(draft.values, self._uid).items():
+                self._complain(draft.section, key, text)
 
     def _check_fed(self, tasks: Mapping[str, _Draft], queues: Mapping[str, _Draft]) -> None:
         if not self._complete or any("tasks" in queue.failed for queue in queues.values()):

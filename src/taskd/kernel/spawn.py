@@ -37,20 +37,24 @@ def spawn(
     stdout: int,
     stderr: int,
     directory: str | None = None,
+    umask: int | None = None,
 ) -> int:
     """Start `argv[0]`, an absolute path, as the leader of a new session; returns its pid.
 
-    The descriptors stay the caller's. For a `directory` the whole process goes there for a
-    moment: no other thread may rely on relative paths. Raises SpawnError.
+    The descriptors stay the caller's. A `directory` and a `umask` are the whole process's for a
+    moment: no other thread may rely on relative paths, or make files whose mode matters and not
+    set it. Raises SpawnError.
     """
     streams = (stdin, stdout, stderr)
-    if min(streams) > 2 and directory is None:
+    if min(streams) > 2 and directory is None and umask is None:
         return _spawn(argv, env, streams)
     with contextlib.ExitStack() as stack:
         if min(streams) <= 2:
             streams = stack.enter_context(_lifted(streams))
         if directory is not None:
             stack.enter_context(_inside(directory))
+        if umask is not None:
+            stack.callback(os.umask, os.umask(umask))
         return _spawn(argv, env, streams)
 
 

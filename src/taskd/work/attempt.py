@@ -24,7 +24,7 @@ def launch(job: Job, fields: Mapping[str, str]) -> Launch:
         environment["WATCHDOG_USEC"] = str(round(task.watchdog * 1e6))
     name = safe_name(job.id)
     return Launch(
-        argv=job.argv,
+        argv=(*task.hop, *job.argv) if task.hop else job.argv,
         environment=environment,
         directory=task.directory,
         payload=job.delivery.body,
@@ -34,6 +34,7 @@ def launch(job: Job, fields: Mapping[str, str]) -> Launch:
         watchdog=task.watchdog,
         output=_file(task.output, name),
         output_keep=task.output_keep,
+        umask=task.umask,
         group=f"{name}.{job.attempt}",
         limits=task.group_files,
         leave_children=task.leave_children,
