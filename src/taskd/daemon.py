@@ -40,6 +40,7 @@ from taskd.work.cancel import Cancelling
 from taskd.work.containment import Containment
 from taskd.work.events import Events
 from taskd.work.intake import Intake
+from taskd.work.lease import Lease
 from taskd.work.pool import Pool
 from taskd.work.rows import Rows
 from taskd.work.story import Story
@@ -101,11 +102,6 @@ class Daemon:
         self.recorder = Recorder(
             self.loop, config.settings.store, daemon_id=daemon_id, on_state=self._on_store
         )
-        if not self.recorder.private:
-            # Nothing yet tells a daemon whose job a row is, so two could run the same one.
-            raise ValueError(
-                "store: a database that daemons share is not supported yet; use SQLite"
-            )
         # Under systemd the unit's cgroup ends what we leave behind.
         notify_directory = config.settings.control.parent / "notify"
         guardian = None
@@ -145,6 +141,18 @@ class Daemon:
         self.admission = Admission(self.loop, hold=self.intake.hold, release=self.intake.release)
         self.admission.keep(config.settings.pressure_limits)
         self.pool.on_fill = self.admission.on_fill
+        self.lease = None
+        if not self.recorder.private:
+            self.lease = Lease(
+                self.loop,
+                self.recorder,
+                self.pool,
+                self.intake,
+                host=self.host,
+                length=config.settings.lease,
+                on_held=self._open_store,
+                on_lost=lambda: self.intake.hold(STORE),
+            )
         self.retention = Retention(self.loop, self.recorder, config.settings.keep_jobs)
         self._server = self._listen()
 
@@ -199,7 +207,8 @@ class Daemon:
         match state:
             case StoreState.UP:
                 journal.event(log, logging.INFO, MessageId.STORE_BACK, b"", "store: up")
-                self._open_store()
+                start = self._open_store if self.lease is None else self.lease.start
+                start()
             case StoreState.AWAY:
                 journal.event(
                     log,
@@ -427,6 +436,8 @@ class Daemon:
         self.retention.close()
         self.admission.close()
         self.intake.close()
+        if self.lease is not None:
+            self.lease.close(leave=not self.pool.jobs)
         # One more pass, so that what was said to the brokers leaves.
         self.loop.call_later(0, lambda: None)
         self.loop.run_once()

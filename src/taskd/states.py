@@ -98,7 +98,14 @@ JOB_MOVES: dict[JobState, frozenset[JobState]] = {
 PHASE_MOVES: dict[JobPhase, frozenset[JobPhase]] = {
     JobPhase.JUDGING: frozenset({JobPhase.WAITING, JobPhase.RECORDING, JobPhase.SETTLED}),
     JobPhase.WAITING: frozenset({JobPhase.STARTING, JobPhase.RECORDING, JobPhase.SETTLED}),
-    JobPhase.STARTING: frozenset({JobPhase.WAITING, JobPhase.RUNNING, JobPhase.RECORDING}),
+    JobPhase.STARTING: frozenset(
+        {
+            JobPhase.WAITING,
+            JobPhase.RUNNING,
+            JobPhase.RECORDING,
+            JobPhase.SETTLED,  # another daemon was first
+        }
+    ),
     JobPhase.RUNNING: frozenset({JobPhase.RECORDING}),
     JobPhase.RECORDING: frozenset({JobPhase.SETTLED}),
     JobPhase.SETTLED: frozenset(),

@@ -216,17 +216,3 @@ def test_the_stderr_log_tells_a_job_from_start_to_end(embedded):
     lines = [line for line in embedded.log.splitlines() if id in line]
     assert lines[0].startswith(f"job {id}: ok started, pid ")
     assert lines[1].startswith(f"job {id}: succeeded after ")
-
-
-def test_a_database_that_daemons_would_share_is_refused_at_the_start(tmp_path):
-    cannot = Taskd(tmp_path, EMBEDDED.replace("@dir@/gone", "/bin/true"))
-    lines = cannot.config.read_text().splitlines()
-    store = next(line for line in lines if line.startswith("store = "))
-    lines[lines.index(store)] = "store = mysql+pymysql://taskd@127.0.0.1/taskd"
-    cannot.config.write_text("\n".join(lines))
-    try:
-        cannot.start(ready=False)
-        assert cannot.wait() == 78
-        assert "is not supported yet; use SQLite" in cannot.log
-    finally:
-        cannot.__exit__()

@@ -169,7 +169,7 @@ def test_an_older_database_is_brought_up_to_date(shared_store: SharedStore) -> N
 
 
 def test_daemons_that_start_together_make_the_tables_once(shared_store: SharedStore) -> None:
-    stores = [shared_store.store(str(number)) for number in range(6)]
+    stores = [shared_store.store(str(number), lock_wait=30) for number in range(6)]
     threads = [threading.Thread(target=store.__enter__) for store in stores]
     for thread in threads:
         thread.start()

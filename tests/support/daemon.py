@@ -23,8 +23,12 @@ class Taskd:
     In the configuration `@dir@` is the directory of the test. The log goes to `log`.
     """
 
-    def __init__(self, directory: Path, config: str, **environ: str) -> None:
+    def __init__(
+        self, directory: Path, config: str, *, store: str | None = None, **environ: str
+    ) -> None:
+        """`store`: the URL of one that is not the test's own file."""
         self.directory = directory
+        self.store = store or f"sqlite:///{directory / 'taskd.db'}"
         self.config = directory / "taskd.conf"
         self.socket = directory / "control.sock"
         self.database = directory / "taskd.db"
@@ -48,7 +52,7 @@ class Taskd:
     def write(self, config: str) -> None:
         """Set the configuration; the store and the control socket are the test's."""
         head = "[taskd]\n"
-        own = f"store = sqlite:///{self.database}\ncontrol = {self.socket}\n"
+        own = f"store = {self.store}\ncontrol = {self.socket}\n"
         text = config.replace("@dir@", str(self.directory))
         body = text.replace(head, head + own, 1) if head in text else head + own + text
         self.config.write_text(body)
@@ -90,6 +94,10 @@ class Taskd:
         assert self.process is not None
         return self.process.pid
 
+    @property
+    def alive(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
     def signal(self, number: signal.Signals) -> None:
         assert self.process is not None
         self.process.send_signal(number)
@@ -104,7 +112,8 @@ class Taskd:
         return self.wait(limit)
 
     def kill(self) -> None:
-        if self.process is not None and self.process.poll() is None:
+        if self.alive:
+            assert self.process is not None
             self.process.kill()
             self.process.wait()
 

@@ -118,8 +118,16 @@ class RabbitServer:
     """
 
     def __init__(
-        self, *, directory: Path | None = None, config: str = "", tls: Path | None = None
+        self,
+        *,
+        directory: Path | None = None,
+        config: str = "",
+        tls: Path | None = None,
+        address: str | None = None,
     ) -> None:
+        """`address`: one to listen on beside loopback's."""
+        if address is not None:
+            config += "\nlisteners.tcp.2 = {address}:{port}"
         self._directory = directory or Path(tempfile.mkdtemp(prefix="taskd-rabbitmq-"))
         port, tls_port, distribution, epmd, ctl = free_ports(5)
         self._epmd_port = epmd
@@ -128,7 +136,7 @@ class RabbitServer:
         name = f"taskd-{os.getpid()}-{port}@localhost"
         environment = self._environment(name, distribution, ctl)
         self.node = Node(name, port, tls_port, str(self._directory), environment, tree())
-        self._write_files(config, tls)
+        self._write_files(config.format(address=address, port=port), tls)
 
     def _environment(self, name: str, distribution: int, ctl: int) -> dict[str, str]:
         here = self._directory

@@ -83,7 +83,8 @@ def test_every_option_is_read(write: Write, tmp_path: Path) -> None:
         write(
             "[taskd]\nstore = postgresql+psycopg://u:p@db/taskd\ncontrol = /run/x.sock\n"
             "control_tcp = [::1]:6400\ncontrol_password = p\nmax_running = 8\n"
-            "drain_timeout = 2min\nkeep_jobs = 1w\ncrash_limit = 5\nlog_level = debug\n"
+            "drain_timeout = 2min\nkeep_jobs = 1w\ncrash_limit = 5\nlease = 1min\n"
+            "log_level = debug\n"
             "memory_pressure_limit = 40%\ncpu_pressure_limit = 99.9 %\nio_pressure_limit = 5%\n"
             "[queue:q]\nurl = amqps://u:p@mq/%2f\nname = builds\ntype = classic\ndeclare = no\n"
             "task = t\ntasks = t, u\nbody_max = 1M\ndead_letter = dlx/key/1\n"
@@ -103,7 +104,7 @@ def test_every_option_is_read(write: Write, tmp_path: Path) -> None:
     settings, queue, task = config.settings, config.queues["q"], config.tasks["t"]
     assert dataclasses.astuple(settings) == (
         *("postgresql+psycopg://u:p@db/taskd", Path("/run/x.sock"), "[::1]:6400", "p"),
-        *(8, 120, 604800, 5, 40, 99.9, 5, "debug"),
+        *(8, 120, 604800, 5, 60, 40, 99.9, 5, "debug"),
     )
     assert settings.pressure_limits == {"memory": 40, "cpu": 99.9, "io": 5}
     assert settings.control_address == ("::1", 6400)
@@ -209,6 +210,7 @@ def test_every_problem_of_every_file_is_told_at_once(write: Write) -> None:
         ("[]\n", "1: there is no such section"),
         ("[taskd]\nmax_running = 0\n", "2: [taskd] max_running: 0 is too few"),
         ("[taskd]\nkeep_jobs = 0\n", "2: [taskd] keep_jobs: the time must be longer than 0"),
+        ("[taskd]\nlease = 1s\n", "2: [taskd] lease: the shortest lease is 2s"),
         ("[taskd]\nlog_level = loud\n", '2: [taskd] log_level: "loud" is not one of debug, info'),
         ("[taskd]\ncontrol = x.sock\n", '2: [taskd] control: "x.sock" is not an absolute path'),
         (f"[taskd]\ncontrol = /{'x' * 107}\n", "2: [taskd] control: a socket's path has at most"),

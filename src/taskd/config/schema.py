@@ -33,6 +33,8 @@ _OURS = (
 _SOCKET_PATH_MAX = 107
 # AMQP's short strings end at 255 bytes, and `.retry.MILLISECONDS` is added to the name.
 _BROKER_NAME_MAX = 230
+# It is renewed three times as often, and jobs must be ended in its last third.
+_LEASE_MIN = 2.0
 
 
 def _as_it_is(source: str, text: str, whole: bool) -> str:
@@ -175,7 +177,15 @@ def _output(text: str) -> str:
     return text
 
 
+def _lease(text: str) -> float:
+    span = values.parse_span(text)
+    if span < _LEASE_MIN:
+        raise ValueError(f"the shortest lease is {values.format_span(_LEASE_MIN)}")
+    return span
+
+
 TEXT = Kind(str)
+_LEASE = Kind(_lease, values.format_span)
 _SECRET = Kind(str, lambda value: "***")
 _BOOLEAN = Kind(values.parse_boolean, values.format_boolean)
 _NUMBER = Kind(values.parse_number)
@@ -223,6 +233,7 @@ class Settings:
     drain_timeout: float = field(default=90.0, metadata=_option(_SPAN))
     keep_jobs: float = field(default=30 * 86400.0, metadata=_option(_LONG_SPAN))
     crash_limit: int = field(default=3, metadata=_option(_COUNT))
+    lease: float = field(default=30.0, metadata=_option(_LEASE, live=False))
     memory_pressure_limit: float | None = field(default=None, metadata=_option(_PRESSURE))
     cpu_pressure_limit: float | None = field(default=None, metadata=_option(_PRESSURE))
     io_pressure_limit: float | None = field(default=None, metadata=_option(_PRESSURE))

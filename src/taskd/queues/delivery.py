@@ -29,6 +29,7 @@ class Delivery:
     redelivered: bool = False
     returns: int = 0  # how often it came back unsettled, where the queue counts that
     attempt: int = 0  # attempts that were made before, as the message says
+    waited_for: str | None = None  # the daemon that had the job when it was deferred, if it was
     priority: int | None = None
     reply_to: str | None = None
     correlation_id: str | None = None
@@ -95,6 +96,13 @@ class Source(Protocol):
 
     def back(self, delivery: Delivery, *, id: str | None = None) -> None:
         """The message goes back to its queue, for whoever comes first; with `id` as its own."""
+
+    def defer(self, delivery: Delivery, *, id: str, owner: str, delay: float) -> None:
+        """Another daemon, `owner`, has the job. The message comes again, saying so, after `delay`
+        seconds, and not before that daemon must know if it has lost the message."""
+
+    def holds(self, delivery: Delivery) -> bool:
+        """Whether the source demonstrably keeps the message for us, and gives it to nobody."""
 
     def reply(self, delivery: Delivery, body: bytes) -> None:
         """Tell `reply_to`, if the message has one, the outcome: `body` is JSON."""

@@ -50,7 +50,8 @@ def shares(queues: Iterable[Queue]) -> dict[str, Unnamed]:
 
 class EmbeddedQueue:
     """A Source (delivery.py). Its deliveries are never lost. What was running when the daemon died
-    is queued again by the recorder, before the first claim; what was claimed is `redelivered`."""
+    is queued again before it can be claimed: by the recorder of the next daemon, and what was
+    claimed is then `redelivered`; or on a shared store by the others (store/leases.py)."""
 
     def __init__(
         self,
@@ -126,6 +127,13 @@ class EmbeddedQueue:
         if not delivery.settled and delivery.row is not None:
             self._release([delivery.row])
         self._settle(delivery)
+
+    def defer(self, delivery: Delivery, *, id: str, owner: str, delay: float) -> None:
+        self._settle(delivery)
+
+    def holds(self, delivery: Delivery) -> bool:
+        """On a shared store the daemon's lease is all that holds a claim."""
+        return False
 
     def reply(self, delivery: Delivery, body: bytes) -> None:
         """The row is the reply."""

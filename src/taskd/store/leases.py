@@ -1,9 +1,10 @@
 """Leases: the questions by which daemons that share a store know of each other's life.
 
 A daemon lives as long as its row in `daemons` says, by the database's clock alone. `claimed_by`
-says whose a job is. What a dead daemon had is taken over by the others: a job of the embedded
-queue by whoever finds it first, and one that came by a broker by whoever its message comes to
-again, since the broker knows better than a lease who still has it.
+says whose a job is. What a dead daemon had is taken over by the others: a job that is the
+store's alone (of the embedded queue, or acknowledged early) by whoever finds it first, and one
+that came by a broker by whoever its message comes to again, since the broker knows better than a
+lease who still has it.
 """
 
 from collections.abc import Collection
@@ -67,7 +68,7 @@ def take_over(connection: Connection, *, id: str, owner: str) -> bool:
 
 @changes
 def recover(connection: Connection, *, queues: Collection[str]) -> tuple[int, int]:
-    """Free what dead daemons had of these embedded queues.
+    """Free what dead daemons had of these embedded queues, and of jobs without a message.
 
     Returns how many jobs are free now, and how many of them were running.
     """
@@ -76,7 +77,8 @@ def recover(connection: Connection, *, queues: Collection[str]) -> tuple[int, in
     found = connection.execute(
         sa.select(*columns)
         .where(jobs.c.claimed_by.is_not(None), jobs.c.claimed_by.not_in(_alive))
-        .where(jobs.c.state.in_(_HELD), jobs.c.queue.in_(list(queues)))
+        .where(jobs.c.state.in_(_HELD))
+        .where(jobs.c.queue.in_(list(queues)) | jobs.c.acknowledged.is_(True))
         .limit(TAKEN_OVER_AT_ONCE)
         .with_for_update(skip_locked=True)
     ).all()

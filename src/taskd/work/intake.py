@@ -176,6 +176,17 @@ class Intake:
     def names(self) -> list[str]:
         return list(self._inlets)
 
+    def embedded(self) -> list[str]:
+        """The queues that are the store itself."""
+        return [name for name, queue in self._config.queues.items() if queue.kind == "embedded"]
+
+    def wake(self) -> None:
+        """There is something new in the store."""
+        for inlet in self._inlets.values():
+            for source in inlet.sources:
+                if isinstance(source, EmbeddedQueue):
+                    source.wake()
+
     def source(self, name: str) -> Source:
         return self._chosen(name)[0].source
 

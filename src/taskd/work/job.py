@@ -13,6 +13,8 @@ from taskd.queues.delivery import Delivery
 from taskd.states import AttemptState, JobPhase, JobState
 from taskd.work.message import Order
 
+ABANDONED = "interrupted: its daemon could not show the others that it lives"
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
@@ -104,6 +106,8 @@ class Job:
         match exit.stopped:
             case "interrupted":
                 return Outcome(AttemptState.INTERRUPTED, JobState.QUEUED, "interrupted by a stop")
+            case "abandoned":
+                return Outcome(AttemptState.INTERRUPTED, JobState.QUEUED, ABANDONED)
             case "timeout":
                 assert exit.allowed is not None
                 return self.fail(f"timeout after {format_span(round(exit.allowed, 3))}", jitter)

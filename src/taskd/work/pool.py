@@ -11,30 +11,28 @@ run beside it.
 import random
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 from taskd.children.child import Children, Exit
 from taskd.children.file import FileOutput
 from taskd.children.output import Output
 from taskd.config.schema import Config
-from taskd.errors import Rejected, SpawnError, StoreAway
+from taskd.errors import Rejected, SpawnError
 from taskd.kernel.loop import Loop
-from taskd.queues.delivery import RETURNS_MAX, Delivery
+from taskd.queues.delivery import Delivery
 from taskd.states import ALIVE, FINAL, PHASE_MOVES, AttemptState, JobPhase, JobState, move
-from taskd.store import statements
 from taskd.store.recorder import Recorder, Write
 from taskd.work import message, story
 from taskd.work.adoption import Lost
 from taskd.work.attempt import launch
-from taskd.work.job import Job, Outcome
+from taskd.work.job import ABANDONED, Job, Outcome
+from taskd.work.judge import Judge
 from taskd.work.rejections import Rejections
 from taskd.work.rows import Rows
 from taskd.work.slots import Slots
 from taskd.work.speech import Speech
 from taskd.work.story import Story
-from taskd.work.verdict import UNFINISHED, Verdict, verdict
 
 # Those who follow a job read its end after it ended. Each holds the task's kept output at most.
 OUTPUTS_KEPT = 64
@@ -64,6 +62,7 @@ class Pool:
         # A job is recorded whose message is to be acknowledged early: its delivery from now on.
         self.on_keep: Callable[[Job], Delivery] = lambda job: job.delivery
         self.on_settled: Callable[[], None] = lambda: None
+        self.on_lost: Callable[[], None] = lambda: None  # deliveries were lost
         self.on_no_spawn: Callable[[str], None] = lambda reason: None
         self.ended = 0  # attempts, since the daemon started
         self._loop = loop
@@ -73,14 +72,24 @@ class Pool:
         self._rows = rows
         self._story = story
         self._filling = False  # slots are to be filled at the end of this pass
-        self._asked: list[Job] = []
         self._lost = Lost(loop.now)
         self._begun: dict[str, Job] = {}  # whose beginning is not recorded yet
         self._speech = Speech(loop, recorder, rows, story, unrecorded=self._begun)
         self._rejections = Rejections(recorder, rows, story, self.jobs)
-        self._outputs: OrderedDict[str, Output | FileOutput] = (
-            OrderedDict()
-        )  # of jobs that have ended
+        self._judge = Judge(
+            loop,
+            recorder,
+            config,
+            self.jobs,
+            rows=rows,
+            story=story,
+            on_run=self._wait,
+            on_answered=self._drop,
+            on_unknown=self._return,
+            on_hopeless=self._bury,
+        )
+        # Of jobs that have ended.
+        self._outputs: OrderedDict[str, Output | FileOutput] = OrderedDict()
         self.last_start: dict[str, float] = {}  # of each queue's jobs, by the loop's clock
 
     # Deliveries
@@ -103,19 +112,7 @@ class Pool:
             self._adopt(job, delivery)
             return
         job = self.jobs[order.id] = Job(order, delivery, time.time())
-        if delivery.row is not None:
-            self._judge(job, delivery.row)
-        elif order.named:
-            if not self._asked:
-                self._loop.call_before_wait(self._ask)
-            self._asked.append(job)
-        elif delivery.redelivered:
-            begun = partial(
-                statements.unfinished, queue=job.queue, task=job.task.name, payload=delivery.body
-            )
-            self._recorder.ask(begun, partial(self._on_unfinished, job))
-        else:
-            self._wait(job)
+        self._judge.take(job)
 
     def forget_lost(self, queue: str) -> None:
         """Deliveries of `queue` were lost: what has not started will come again by itself."""
@@ -124,6 +121,7 @@ class Pool:
                 self._return(job)  # for its twins' sake; the lost delivery is beyond that
             elif not job.named:
                 self._lost.add(job)
+        self.on_lost()
 
     def hand_back(self, queue: str) -> None:
         """What `queue` delivered and has not started goes back to it."""
@@ -149,52 +147,6 @@ class Pool:
         if job.phase is JobPhase.SETTLED:
             self._answer(job)
 
-    def _ask(self) -> None:
-        asked, self._asked = self._asked, []
-        ids = [job.id for job in asked]
-        self._recorder.ask(partial(statements.find, ids=ids), partial(self._on_found, asked))
-
-    def _on_found(self, asked: list[Job], found: Mapping[str, Any] | StoreAway) -> None:
-        for job in asked:
-            if job.phase is not JobPhase.JUDGING:
-                continue
-            if isinstance(found, StoreAway):
-                self._return(job)
-            elif (row := found.get(job.id)) is None:
-                self._judge_unrecorded(job)
-            else:
-                self._judge(job, row)
-
-    def _on_unfinished(self, job: Job, rows: list[statements.Row] | StoreAway) -> None:
-        """A message without an id came back: it goes on with the row of a job like it, if the
-        daemon died in that one or a stop ended it. Where several are equal each takes one."""
-        if job.phase is not JobPhase.JUDGING:
-            return
-        if isinstance(rows, StoreAway):
-            self._return(job)
-            return
-        row = next((row for row in rows if row["id"] not in self.jobs), None)
-        if row is None:
-            self._judge_unrecorded(job)
-            return
-        del self.jobs[job.id]
-        job.id = row["id"]
-        self.jobs[job.id] = job
-        self._judge(job, row)
-
-    def _judge_unrecorded(self, job: Job) -> None:
-        returns = job.delivery.returns
-        # Handing back counts as well, so it takes that much more to tell of deaths.
-        if returns >= self._crash_limit(job) + RETURNS_MAX:
-            self._bury(job, f"it came back {returns} times and no attempt could ever be recorded")
-            return
-        # Nobody recorded its earlier attempts here, but the message tells of them.
-        job.attempt = job.retries = job.delivery.attempt
-        self._wait(job)
-
-    def _crash_limit(self, job: Job) -> int:
-        return job.task.crash_limit or self._config.settings.crash_limit
-
     def _bury(self, job: Job, reason: str) -> None:
         """Give up a job that may be what kills the daemon."""
         self._story.buried(job, reason)
@@ -206,42 +158,7 @@ class Pool:
         job.outcome = outcome
         job.finished_at = time.time()
         self._move(job, JobPhase.RECORDING)
-        self._write(job, self._rows.unstarted(job), self._on_recorded)
-
-    def _judge(self, job: Job, row: Mapping[str, Any]) -> None:
-        self._rows.recall(job, row)
-        delivery = job.delivery
-        again = self._config.queues[job.queue].duplicate_ids == "run"
-        match verdict(delivery, row, duplicates_run=again):
-            case Verdict.RUN:
-                if row["state"] not in UNFINISHED:
-                    job.retries = job.crashes = 0  # a new message with a used id starts afresh
-                if job.crashes and job.crashes >= self._crash_limit(job):
-                    self._bury(job, f"the daemon died in {job.crashes} of its attempts")
-                else:
-                    self._wait(job)
-                return
-            case Verdict.DEAD:
-                reason = row["reason"] or "failed"
-                delivery.source.dead(delivery, id=job.id, attempt=job.attempt, reason=reason)
-                self._reply_again(delivery, row)
-            case Verdict.RETRY:
-                delay = self._rows.time_left(row)
-                delivery.source.retry(delivery, id=job.id, attempt=job.attempt, delay=delay)
-            case Verdict.DONE:
-                delivery.source.done(delivery)
-                self._reply_again(delivery, row)
-            case Verdict.DUPLICATE:
-                self._story.duplicate(job, row)
-                delivery.source.done(delivery)
-        for twin in job.twins:
-            twin.source.done(twin)
-        self._drop(job)
-
-    def _reply_again(self, delivery: Delivery, row: Mapping[str, Any]) -> None:
-        """The outcome is settled from the record: whoever waits for it may not have heard."""
-        if delivery.reply_to:
-            delivery.source.reply(delivery, self._rows.reply_from(row))
+        self._write(job, self._rows.unstarted(job), self._on_recorded, self._on_not_recorded)
 
     # Slots
 
@@ -280,13 +197,30 @@ class Pool:
             # is counted before it can do that again.
             self._spawn(job)
         else:
-            self._write(job, self._rows.started(job), self._on_start_recorded)
+            self._write(job, self._rows.started(job), self._on_start_recorded, self._on_not_begun)
 
     def _on_start_recorded(self, job: Job) -> None:
         if job.phase is JobPhase.STARTING:
             if job.kept:
                 job.delivery = self.on_keep(job)
             self._spawn(job)
+
+    def _on_not_begun(self, job: Job) -> None:
+        """Another daemon was first: the message is judged anew, a claim is not ours any more."""
+        if job.phase is not JobPhase.STARTING:
+            return
+        self._drop(job)
+        self._free(job)
+        for delivery in job.delivery, *job.twins:
+            if delivery.row is not None:
+                delivery.source.back(delivery)
+            elif not delivery.lost:
+                self.take(delivery)
+
+    def _on_taken(self, job: Job) -> None:
+        """Another daemon has taken a job that runs here."""
+        if job.phase is JobPhase.RUNNING and job.child is not None:
+            job.child.kill("abandoned")
 
     def _spawn(self, job: Job) -> None:
         try:
@@ -315,7 +249,7 @@ class Pool:
         begun = list(self._begun.values())
         self._begun.clear()
         for job in begun:
-            self._write(job, self._rows.started(job))
+            self._write(job, self._rows.started(job), None, self._on_taken)
 
     def _on_end(self, job: Job, exit: Exit) -> None:
         job.exit = exit
@@ -335,8 +269,12 @@ class Pool:
             job.retries += 1
         self.ended += 1
         self._move(job, JobPhase.RECORDING)
-        self._write(job, self._rows.ended(job), self._on_recorded)
+        self._write(job, self._rows.ended(job), self._on_recorded, self._on_not_recorded)
         self._story.ended(job, outcome, self._loop.now() - job.started)
+        self._free(job)
+
+    def _free(self, job: Job) -> None:
+        """A job has left its slot."""
         self.slots.give_back(job)
         self._fill_soon()
         self.on_slot()
@@ -347,6 +285,15 @@ class Pool:
         self._move(job, JobPhase.SETTLED)
         del self.jobs[job.id]
         self._answer(job)
+        self.on_settled()
+
+    def _on_not_recorded(self, job: Job) -> None:
+        """Another daemon has the job, and its outcome is the one that counts."""
+        self._move(job, JobPhase.SETTLED)
+        del self.jobs[job.id]
+        self._story.not_recorded(job)
+        for delivery in job.delivery, *job.twins:
+            delivery.source.back(delivery)
         self.on_settled()
 
     def _answer(self, job: Job) -> None:
@@ -380,8 +327,18 @@ class Pool:
             del self.jobs[job.id]
         self.on_settled()
 
-    def _write(self, job: Job, write: Write, then: Callable[[Job], None] | None = None) -> None:
-        self._recorder.write(write, partial(then, job) if then is not None else None)
+    def _write(
+        self,
+        job: Job,
+        write: Write,
+        then: Callable[[Job], None] | None,
+        otherwise: Callable[[Job], None],
+    ) -> None:
+        self._recorder.write(
+            write,
+            partial(then, job) if then is not None else None,
+            otherwise=partial(otherwise, job),
+        )
         job.known = True
 
     def _move(self, job: Job, phase: JobPhase) -> None:
@@ -427,9 +384,22 @@ class Pool:
                 else:
                     job.child.stop("interrupted")
 
+    def abandon(self, *, kill: bool) -> None:
+        """End the attempts that others may soon make: all but those whose messages are held."""
+        for job in list(self.jobs.values()):
+            if job.delivery.source.holds(job.delivery):
+                continue
+            if job.phase is JobPhase.STARTING:
+                self._conclude(job, Outcome(AttemptState.INTERRUPTED, JobState.QUEUED, ABANDONED))
+            elif job.phase is JobPhase.RUNNING and job.child is not None:
+                if kill:
+                    job.child.kill("abandoned")
+                else:
+                    job.child.stop("abandoned")
+
     def configure(self, config: Config) -> None:
         """Work by another configuration from now on; running jobs keep their task."""
-        self._config = config
+        self._config = self._judge.config = config
         self.slots.configure(config)
         for job in list(self.jobs.values()):
             if job.phase not in (JobPhase.JUDGING, JobPhase.WAITING):

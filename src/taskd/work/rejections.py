@@ -52,6 +52,7 @@ class Rejections:
         self._recorder.write(
             self._rows.rejected(delivery, id, task, reason),
             partial(self._on_recorded, delivery, id, task, reason),
+            otherwise=partial(self._record, delivery, message.new_id(), reason),
         )
 
     def _on_recorded(self, delivery: Delivery, id: str, task: str | None, reason: str) -> None:

@@ -59,6 +59,7 @@ class Rows:
             },
             {**self._attempt(job), "state": AttemptState.RUNNING},
             new=not job.known,
+            ours=job.child is not None,
         )
 
     def ended(self, job: Job) -> Write:
@@ -80,6 +81,7 @@ class Rows:
             {**self._born(job), **self._now(job), **result, **self._state(job, outcome)},
             {**self._attempt(job), **result, "state": outcome.attempt},
             new=not job.known,
+            ours=True,
         )
 
     def unstarted(self, job: Job) -> Write:
@@ -104,7 +106,7 @@ class Rows:
             "status": job.status,
             "result": _text(job.result),
         }
-        return Write(row, None, new=False)
+        return Write(row, None, new=False, ours=True)
 
     def rejected(self, delivery: Delivery, id: str, task: str | None, reason: str) -> Write:
         now = time.time()

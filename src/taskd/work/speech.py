@@ -61,5 +61,5 @@ class Speech:
             else:
                 self._speaking.add(job.id)
                 spoken = partial(self._speaking.discard, job.id)
-                self._recorder.write(self._rows.spoke(job), spoken)
+                self._recorder.write(self._rows.spoke(job), spoken, otherwise=spoken)
         self._fold = self._loop.call_later(FOLD, self._on_fold) if told else None

@@ -120,6 +120,17 @@ class Story:
     def adopted(self, job: Job) -> None:
         log.info("job %s: its message came again, adopted", job.id)
 
+    def elsewhere(self, job: Job) -> None:
+        log.info("job %s: another daemon is running it, its message waits", job.id)
+
+    def taken_over(self, job: Job) -> None:
+        log.warning("job %s: the daemon that ran it died, it runs again", job.id)
+
+    def not_recorded(self, job: Job) -> None:
+        log.warning(
+            "job %s: another daemon has it by now, what came of it here is not recorded", job.id
+        )
+
     def duplicate(self, job: Job, row: Mapping[str, Any]) -> None:
         """A new message has the id of a job that is recorded as `row`."""
         log.warning(

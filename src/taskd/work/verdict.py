@@ -22,6 +22,8 @@ class Verdict(Enum):
     DUPLICATE = auto()  # a new message with the id of a job that has been: acknowledge it
     DEAD = auto()  # recorded as dead: to the dead letters, once more perhaps
     RETRY = auto()  # recorded as waiting for a retry whose message may never have been sent
+    ELSEWHERE = auto()  # another daemon is running it, or may be: ask again later
+    TAKE_OVER = auto()  # the daemon that was running it is dead, and had time to end it
 
 
 def verdict(delivery: Delivery, row: Mapping[str, Any], *, duplicates_run: bool) -> Verdict:
@@ -29,6 +31,11 @@ def verdict(delivery: Delivery, row: Mapping[str, Any], *, duplicates_run: bool)
     state = row["state"]
     if delivery.row is not None:  # the queue is the store itself
         return Verdict.RUN
+    if (lease_left := row.get("elsewhere")) is not None:
+        # A daemon whose lease has run out may still have had the message until it came here. It
+        # knows, and has ended the job, by the time that a deferred copy comes.
+        dead = lease_left <= 0 and delivery.waited_for == row["claimed_by"]
+        return Verdict.TAKE_OVER if dead else Verdict.ELSEWHERE
     if state not in UNFINISHED:  # nor is a state that only a front end knows
         if REASON in delivery.headers and not delivery.redelivered:
             return Verdict.RUN  # a dead letter that somebody moved back by hand

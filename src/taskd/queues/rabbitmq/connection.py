@@ -6,6 +6,7 @@ when it changes, in words that an operator can act on; the password is in none o
 
 import functools
 import logging
+import math
 import random
 import re
 import socket
@@ -119,6 +120,18 @@ class Broker:
     @property
     def up(self) -> bool:
         return self.state is LinkState.UP and bool(self.connection.is_open)
+
+    @property
+    def heartbeat(self) -> float:
+        """Seconds after which each side knows of the other's absence."""
+        agreed = self.connection.params.heartbeat if self.connection is not None else None
+        return float(agreed if isinstance(agreed, int) and agreed else HEARTBEAT)
+
+    @property
+    def heard(self) -> bool:
+        """Whether something came within the heartbeat. The broker gives what it has delivered to
+        nobody else before it has missed two of ours."""
+        return self.up and self._loop.now() - self.connection.heard_at <= self.heartbeat
 
     @property
     def flushed(self) -> bool:
@@ -341,6 +354,8 @@ class Broker:
 class _Connection(pika.SelectConnection):  # type: ignore[misc]
     """pika's connection, with two things of its inside replaced; both versions have them."""
 
+    heard_at = -math.inf  # by the loop's clock
+
     def _read_frame(self) -> Any:
         """Header frames are read by us, as `properties` explains; bodies, as they are no more."""
         buffer = self._frame_buffer
@@ -362,6 +377,7 @@ class _Connection(pika.SelectConnection):  # type: ignore[misc]
     def _on_data_available(self, data: bytes) -> None:
         """Let our own mistakes out. pika takes whatever is raised while it reads for a fault of
         the connection, so a bug of ours would be an endless reconnection."""
+        self.heard_at = self.ioloop.now()
         try:
             super()._on_data_available(data)
         except Exception as error:

@@ -15,6 +15,7 @@ def delivery(source: Source, method: Any, properties: Properties, body: bytes) -
     """`token` is the delivery tag and the properties as they came."""
     headers = properties.headers()
     own_id = headers.get("id")  # Celery's
+    waited_for = headers.get(outgoing.WAITED_FOR)
     return Delivery(
         queue=source.name,
         body=body,
@@ -24,6 +25,7 @@ def delivery(source: Source, method: Any, properties: Properties, body: bytes) -
         task=properties.text("type") or None,
         redelivered=method.redelivered or outgoing.RETURNED in headers,
         returns=_count(headers.get("x-delivery-count"), _ATTEMPTS_MAX),
+        waited_for=waited_for if isinstance(waited_for, str) else None,
         attempt=_count(headers.get(outgoing.ATTEMPT), _ATTEMPTS_MAX),
         priority=properties.number("priority"),
         reply_to=properties.text("reply_to") or None,

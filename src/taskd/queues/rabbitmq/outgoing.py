@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from taskd.config.schema import Queue
-from taskd.queues.delivery import Message
+from taskd.queues.delivery import Delivery, Message
 from taskd.queues.rabbitmq.properties import EMPTY, Properties
 
 ATTEMPT = "x-taskd-attempt"
@@ -17,6 +17,7 @@ REASON = "x-taskd-reason"
 QUEUE = "x-taskd-queue"
 RETURNED = "x-taskd-returned"  # a copy that stands for a redelivery
 TIME = "x-taskd-time"  # when it died, Unix time
+WAITED_FOR = "x-taskd-waited-for"  # the daemon that had the job when this copy was put aside
 REASON_MAX = 1024
 
 # RabbitMQ 4 drops a message after 20 returns if the queue does not say otherwise.
@@ -38,7 +39,7 @@ _NOT_COPIED = ("expiration", "user_id", "cluster_id")
 # broker drop what it takes for a circle of dead letters. The counts are the original's own.
 _HEADERS_NOT_COPIED = ("CC", "BCC", "x-death", "x-delivery-count", "x-acquired-count")
 # What we said of the original ourselves; a copy says it anew.
-_OURS = (ATTEMPT, REASON, QUEUE, RETURNED, TIME)
+_OURS = (ATTEMPT, REASON, QUEUE, RETURNED, TIME, WAITED_FOR)
 # A frame's own bytes, and those of a header frame before the properties.
 _FRAME_OVERHEAD = 8 + 12
 _SHORT_STRING_MAX = 255
@@ -75,6 +76,12 @@ def retry_arguments(key: str, milliseconds: int) -> Mapping[str, Any]:
 
 def for_retry(original: Properties, id: str, attempt: int) -> Properties:
     return _copy(original, {ATTEMPT: attempt}, id)
+
+
+def for_deferral(original: Properties, id: str, delivery: Delivery, owner: str) -> Properties:
+    """A copy of a redelivery stands for that, too."""
+    headers: dict[str, Any] = {ATTEMPT: delivery.attempt, WAITED_FOR: owner}
+    return _copy(original, headers | {RETURNED: 1} if delivery.redelivered else headers, id)
 
 
 def for_dead(original: Properties, id: str, attempt: int, reason: str, queue: str) -> Properties:

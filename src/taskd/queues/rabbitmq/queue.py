@@ -30,6 +30,8 @@ from taskd.states import LinkState
 
 log = logging.getLogger(__name__)
 
+_DEFER_MARGIN = 1.2
+
 
 class RabbitQueue:
     """A `Source`. Everything on the loop's thread."""
@@ -298,10 +300,23 @@ class RabbitQueue:
     def retry(self, delivery: Delivery, *, id: str, attempt: int, delay: float) -> None:
         if self._settle(delivery):
             properties = outgoing.for_retry(delivery.token[1], id, attempt)
-            milliseconds = outgoing.ladder(delay)
-            key = f"{self._key}.retry.{milliseconds}"
-            arguments = outgoing.retry_arguments(self._key, milliseconds)
-            self._placer.place(Copy(delivery, "", key, properties, arguments=arguments))
+            self._place_later(delivery, properties, delay)
+
+    def defer(self, delivery: Delivery, *, id: str, owner: str, delay: float) -> None:
+        if self._settle(delivery):
+            properties = outgoing.for_deferral(delivery.token[1], id, delivery, owner)
+            # The ladder's nearest step may be a tenth shorter.
+            pause = max(delay, self._broker.heartbeat) * _DEFER_MARGIN + 1
+            self._place_later(delivery, properties, pause)
+
+    def holds(self, delivery: Delivery) -> bool:
+        return not delivery.lost and self._broker.heard
+
+    def _place_later(self, delivery: Delivery, properties: Properties, delay: float) -> None:
+        milliseconds = outgoing.ladder(delay)
+        key = f"{self._key}.retry.{milliseconds}"
+        arguments = outgoing.retry_arguments(self._key, milliseconds)
+        self._placer.place(Copy(delivery, "", key, properties, arguments=arguments))
 
     def dead(self, delivery: Delivery, *, id: str, attempt: int, reason: str) -> None:
         if self._settle(delivery):

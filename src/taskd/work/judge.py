@@ -1,0 +1,175 @@
+"""The judge: what the store knows of a message's job, and so what becomes of the message."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from taskd.config.schema import Config
+from taskd.errors import StoreAway
+from taskd.kernel.loop import Loop
+from taskd.queues.delivery import RETURNS_MAX, Delivery
+from taskd.states import JobPhase
+from taskd.store import leases, statements
+from taskd.store.recorder import Recorder
+from taskd.work.job import Job
+from taskd.work.rows import Rows
+from taskd.work.story import Story
+from taskd.work.verdict import UNFINISHED, Verdict, verdict
+
+
+class Judge:
+    """Owned by the pool, whose `jobs` it renames where a message turns out to be an older job's.
+
+    Each job that it is given is handed on to one of four: `on_run`, for it waits for a slot;
+    `on_answered`, where the message is settled; `on_unknown`, where the store cannot be asked;
+    `on_hopeless`, with the reason, where it may be what kills the daemon.
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        recorder: Recorder,
+        config: Config,
+        jobs: dict[str, Job],
+        *,
+        rows: Rows,
+        story: Story,
+        on_run: Callable[[Job], None],
+        on_answered: Callable[[Job], None],
+        on_unknown: Callable[[Job], None],
+        on_hopeless: Callable[[Job, str], None],
+    ) -> None:
+        self.config = config
+        self._loop = loop
+        self._recorder = recorder
+        self._jobs = jobs
+        self._rows = rows
+        self._story = story
+        self._on_run = on_run
+        self._on_answered = on_answered
+        self._on_unknown = on_unknown
+        self._on_hopeless = on_hopeless
+        self._asked: list[Job] = []
+
+    def take(self, job: Job) -> None:
+        delivery = job.delivery
+        if delivery.row is not None:
+            self._judge(job, delivery.row)
+        elif job.named:
+            self._inquire(job)
+        elif delivery.redelivered:
+            begun = partial(
+                statements.unfinished, queue=job.queue, task=job.task.name, payload=delivery.body
+            )
+            self._recorder.ask(begun, partial(self._on_unfinished, job))
+        else:
+            self._on_run(job)
+
+    def _inquire(self, job: Job) -> None:
+        """Ask the store what it knows of a job's id."""
+        if not self._asked:
+            self._loop.call_before_wait(self._ask)
+        self._asked.append(job)
+
+    def _ask(self) -> None:
+        asked, self._asked = self._asked, []
+        ids = [job.id for job in asked]
+        me = None if self._recorder.private else self._recorder.daemon_id
+        question = partial(statements.find, ids=ids, daemon_id=me)
+        self._recorder.ask(question, partial(self._on_found, asked))
+
+    def _on_found(self, asked: list[Job], found: Mapping[str, Any] | StoreAway) -> None:
+        for job in asked:
+            if job.phase is not JobPhase.JUDGING:
+                continue
+            if isinstance(found, StoreAway):
+                self._on_unknown(job)
+            elif (row := found.get(job.id)) is None:
+                self._judge_unrecorded(job)
+            else:
+                self._judge(job, row)
+
+    def _on_unfinished(self, job: Job, rows: list[statements.Row] | StoreAway) -> None:
+        """A message without an id came back: it goes on with the row of a job like it, if the
+        daemon died in that one or a stop ended it. Where several are equal each takes one."""
+        if job.phase is not JobPhase.JUDGING:
+            return
+        if isinstance(rows, StoreAway):
+            self._on_unknown(job)
+            return
+        row = next((row for row in rows if row["id"] not in self._jobs), None)
+        if row is None:
+            self._judge_unrecorded(job)
+            return
+        del self._jobs[job.id]
+        job.id = row["id"]
+        self._jobs[job.id] = job
+        self._judge(job, row)
+
+    def _judge_unrecorded(self, job: Job) -> None:
+        returns = job.delivery.returns
+        # Handing back counts as well, so it takes that much more to tell of deaths.
+        if returns >= self._crash_limit(job) + RETURNS_MAX:
+            reason = f"it came back {returns} times and no attempt could ever be recorded"
+            self._on_hopeless(job, reason)
+            return
+        # Nobody recorded its earlier attempts here, but the message tells of them.
+        job.attempt = job.retries = job.delivery.attempt
+        self._on_run(job)
+
+    def _crash_limit(self, job: Job) -> int:
+        return job.task.crash_limit or self.config.settings.crash_limit
+
+    def _judge(self, job: Job, row: Mapping[str, Any]) -> None:
+        self._rows.recall(job, row)
+        delivery = job.delivery
+        again = self.config.queues[job.queue].duplicate_ids == "run"
+        match verdict(delivery, row, duplicates_run=again):
+            case Verdict.RUN:
+                if row["state"] not in UNFINISHED:
+                    job.retries = job.crashes = 0  # a new message with a used id starts afresh
+                if job.crashes and job.crashes >= self._crash_limit(job):
+                    self._on_hopeless(job, f"the daemon died in {job.crashes} of its attempts")
+                else:
+                    self._on_run(job)
+                return
+            case Verdict.DEAD:
+                reason = row["reason"] or "failed"
+                delivery.source.dead(delivery, id=job.id, attempt=job.attempt, reason=reason)
+                self._reply_again(delivery, row)
+            case Verdict.RETRY:
+                delay = self._rows.time_left(row)
+                delivery.source.retry(delivery, id=job.id, attempt=job.attempt, delay=delay)
+            case Verdict.ELSEWHERE:
+                owner, left = row["claimed_by"], row["elsewhere"]
+                delivery.source.defer(delivery, id=job.id, owner=owner, delay=left)
+                self._story.elsewhere(job)
+            case Verdict.TAKE_OVER:
+                question = partial(leases.take_over, id=job.id, owner=row["claimed_by"])
+                self._recorder.ask(question, partial(self._on_taken_over, job))
+                return
+            case Verdict.DONE:
+                delivery.source.done(delivery)
+                self._reply_again(delivery, row)
+            case Verdict.DUPLICATE:
+                self._story.duplicate(job, row)
+                delivery.source.done(delivery)
+        for twin in job.twins:
+            twin.source.done(twin)
+        self._on_answered(job)
+
+    def _on_taken_over(self, job: Job, answer: bool | StoreAway) -> None:
+        """Whatever came of it, the store knows more now."""
+        if job.phase is not JobPhase.JUDGING:
+            return
+        if isinstance(answer, StoreAway):
+            self._on_unknown(job)
+            return
+        if answer:
+            self._story.taken_over(job)
+        self._inquire(job)
+
+    def _reply_again(self, delivery: Delivery, row: Mapping[str, Any]) -> None:
+        """The outcome is settled from the record: whoever waits for it may not have heard."""
+        if delivery.reply_to:
+            delivery.source.reply(delivery, self._rows.reply_from(row))
