@@ -61,7 +61,8 @@ def test_a_password_is_nowhere_but_in_its_file(taskd: Taskd, rabbitmq: Machine) 
     machine.write("/etc/taskd/rabbitmq.password", f"{SECRET}\n", 0o600)
     taskd.drop_in("[Service]\nLoadCredential=rabbitmq:/etc/taskd/rabbitmq.password\n")
     queue = RABBIT.replace("guest:guest", "taskd:${credential:rabbitmq}").replace("echo", "tell")
-    taskd.start(f"[taskd]\nlog_level = debug\n{queue}\n[task:tell]\ncommand = env\n")
+    config = f"[taskd]\nlog_level = debug\n{queue}\n[task:tell]\ncommand = env\n"
+    taskd.start(config)
     # Refused at first: that is when a library would log a URL.
     taskd.until_status("queue rabbit (down|connecting)")
     machine.sh("rabbitmqctl --quiet set_permissions taskd '.*' '.*' '.*'")
@@ -70,7 +71,14 @@ def test_a_password_is_nowhere_but_in_its_file(taskd: Taskd, rabbitmq: Machine) 
     row = taskd.until(job)
     assert row["state"] == "succeeded"
     assert "CREDENTIALS" not in row["output_tail"]
-    machine.sh(f"systemctl kill --kill-who=main --signal=USR1 {SERVICE}; systemctl reload taskd")
+    told = []
+    for host in "nowhere:port", "127.0.0.1":  # a change that is refused, and one that is made
+        taskd.configure(config.replace("localhost", host))
+        told.append(repr(taskd.ctl("reload", "--dry-run", check=False)))
+        told.append(repr(machine.run("systemctl", "reload", "taskd", check=False)))
+    assert "port" in told[0] and "127.0.0.1" in told[2]
+    taskd.until_status("^(?!.*(queue rabbit|refused))")
+    machine.sh(f"systemctl kill --kill-who=main --signal=USR1 {SERVICE}")
     machine.sh("journalctl --sync")
     pids = machine.run("systemctl", "show", "--property=MainPID", "--value", SERVICE).out.strip()
     places: dict[str, Any] = {
@@ -82,6 +90,7 @@ def test_a_password_is_nowhere_but_in_its_file(taskd: Taskd, rabbitmq: Machine) 
         "ps": machine.run("ps", "axeww").out,
         "environment": machine.sh(f"cat /proc/{pids}/environ"),
         "row": repr(taskd.ask("JOB", job)),
+        "reload": "".join(told),
     }
     assert "snapshot" in places["journal"]
     for place, text in places.items():

@@ -76,6 +76,7 @@ SOCKET = read_unit("taskd.socket")
         ("ConfigurationDirectory", "taskd"),
         ("UMask", "0007"),
         ("LogRateLimitIntervalSec", "0"),
+        ("LimitNOFILE", "65536"),
         ("TasksMax", "infinity"),
         ("NoNewPrivileges", "yes"),
     ],
