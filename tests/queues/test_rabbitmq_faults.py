@@ -3,43 +3,17 @@
 import contextlib
 import socket
 import ssl
-import subprocess
 import threading
-from pathlib import Path
 
 import pytest
 
 from taskd.queues.delivery import Message
 from taskd.states import LinkState
-from tests.conftest import needs, needs_rabbitmq
+from tests.conftest import needs_rabbitmq
 from tests.queues.rabbit import Rabbit
+from tests.support.certificates import authority, certificate
 from tests.support.rabbitmq import running_server
 from tests.support.turning import turn
-
-
-def openssl(directory: Path, *words: str) -> None:
-    done = subprocess.run(
-        [needs("openssl"), *words], cwd=directory, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-
-
-def authority(directory: Path, name: str) -> None:
-    subject = ("-subj", f"/CN={name}")
-    files = ("-keyout", f"{name}.key", "-out", f"{name}.pem")
-    openssl(
-        directory, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *subject, *files
-    )
-
-
-def certificate(directory: Path, name: str, *, days: int = 2) -> None:
-    """NAME.pem and NAME.key, signed by `ca`."""
-    request = ("-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", f"/CN={name}")
-    openssl(directory, "req", "-newkey", "rsa:2048", "-nodes", *request)
-    (directory / "names").write_text("subjectAltName = IP:127.0.0.1\n")
-    signer = ("-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-extfile", "names")
-    files = ("-in", f"{name}.csr", "-out", f"{name}.pem")
-    openssl(directory, "x509", "-req", "-days", str(days), *signer, *files)
 
 
 @pytest.fixture(scope="module")

@@ -151,7 +151,8 @@ class Proxy:
                         return
                     fault = None
                 passed += len(data)
-                if self._amqp and toward == "client":
+                # A fault divides frames, so messages are left out of whole connections only.
+                if self._amqp and toward == "client" and link.fault is None:
                     data = frames.pass_on(data, without_messages=self._swallowing.is_set())
                 elif CHANNEL_CLOSE in data:
                     self._swallowing.clear()
