@@ -157,7 +157,10 @@ class Scene:
         return channel
 
     def hang_up(self) -> None:
+        """Leave nothing at the broker, which others look at too."""
         if self._connection is not None and self._connection.is_open:
+            for suffix in ("", ".dead"):
+                self.channel.queue_delete(self.name + suffix)
             self._connection.close()
 
     def publish(self, body: object, **properties: Any) -> None:
@@ -202,6 +205,12 @@ class Scene:
         self.assert_consistent(deaths)
         if self.url != "embedded:":
             assert self.taskd.stop() == 0
+            if self.depth():
+                # It was on its way to the daemon, and went back with the stop.
+                self.start()
+                wait_until(lambda: self.depth() == 0)
+                assert self.taskd.stop() == 0
+                assert {row["id"]: row["state"] for row in self.taskd.rows()} == states
             wait_until(lambda: self.depth() == 0)
 
     def assert_consistent(self, deaths: int = 0) -> None:

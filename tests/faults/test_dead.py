@@ -1,5 +1,6 @@
 """Dead letters are a place to work in: listed wherever they lie, and sent back without a loss."""
 
+import contextlib
 import json
 import sqlite3
 
@@ -127,24 +128,15 @@ def test_a_death_between_the_row_and_the_message_leaves_a_letter_to_send(tmp_pat
     with scene(tmp_path, url) as it:
         buried(it, "one")
         it.taskd.stop()
-    # As it would be left: the row is queued again, the letter not yet sent.
-    with scene(tmp_path, url) as other:
-        other.name = it.name
-        mend(other)
-        with sqlite3.connect(other.taskd.database) as store:
+        # As it would be left: the row is queued again, the letter not yet sent.
+        with contextlib.closing(sqlite3.connect(it.taskd.database)) as store, store:
             store.execute("UPDATE jobs SET state = 'queued', dead = 0")
-        path = other.taskd.config
-        lines = [
-            f"name = {it.name}" if line.startswith("name = ") else line
-            for line in path.read_text().splitlines()
-        ]
-        path.write_text("\n".join(lines))
-        assert other.taskd.ask("RELOAD")["ok"]
-        other.until_up()
-        assert dead(other, 1)["one"]["state"] == "queued"
-        assert other.taskd.ask("DEAD", "RETRY", "one") == [{"id": "one", "result": "one"}]
-        other.taskd.until("one", "succeeded")
-        assert other.depth(".dead") == 0
+        mend(it)
+        it.start()
+        assert dead(it, 1)["one"]["state"] == "queued"
+        assert it.taskd.ask("DEAD", "RETRY", "one") == [{"id": "one", "result": "one"}]
+        it.taskd.until("one", "succeeded")
+        assert it.depth(".dead") == 0
 
 
 def test_dead_rows_of_the_embedded_queue_go_back_too(tmp_path):

@@ -88,19 +88,22 @@ def _slow_failure(it):
     return {"task": "act", "kind": "fail"}
 
 
-@pytest.mark.parametrize("die_at", ["after publish", "before commit:2", "after commit:2"])
-def test_a_retry_is_made_once_wherever_the_daemon_died(tmp_path, url, die_at):
+@pytest.mark.parametrize("named", [True, False], ids=["with-an-id", "without-an-id"])
+@pytest.mark.parametrize("die_at", ["after commit", "after publish", "before commit:2"])
+def test_a_retry_is_made_once_wherever_the_daemon_died(tmp_path, url, die_at, named):
     with scene(tmp_path, url, die_at=die_at) as it:
-        it.publish({"task": "act", "kind": "fail"}, message_id="one")
+        it.publish({"task": "act", "kind": "fail"}, **({"message_id": "one"} if named else {}))
         it.until_dead()
         it.start()
-        it.taskd.until("one", "failed")
+        it.until_ended(1)
+        [row] = it.taskd.rows()
         wait_until(lambda: it.depth(".dead") >= 1 and it.taskd.ask("QUEUES")[0]["unacked"] == 0)
-        states = [each["state"] for each in it.taskd.attempts("one")]
+        states = [each["state"] for each in it.taskd.attempts(row["id"])]
         assert states.count("failed") == 2 and set(states) <= {"failed", "interrupted"}
-        it.assert_whole(one="failed", deaths=die_at.count("before"))
+        it.assert_whole(**{row["id"]: "failed"}, deaths=die_at.count("before"))
         # The second of a retry is recognised; a second dead letter is harmless.
-        assert [letter[0].message_id for letter in it.take(".dead")] in (["one"], ["one", "one"])
+        letters = [letter[0].message_id for letter in it.take(".dead")]
+        assert letters in ([row["id"]], [row["id"]] * 2)
 
 
 def test_a_message_that_kills_the_daemon_is_a_dead_letter_after_three_attempts(tmp_path, url):

@@ -56,6 +56,7 @@ class Letter:
 Look = Callable[[Letter], int | None]
 # A letter is safe in its queue and no letter any more; or why it could not be.
 OnSent = Callable[[Letter, str | None], None]
+OnCopied = Callable[[], None] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,14 +89,20 @@ class Source(Protocol):
     def done(self, delivery: Delivery) -> None:
         """The outcome is recorded: the message may go."""
 
-    def retry(self, delivery: Delivery, *, id: str, attempt: int, delay: float) -> None:
-        """The message comes again after `delay` seconds, saying that `attempt` were made."""
+    def retry(
+        self, delivery: Delivery, *, id: str, attempt: int, delay: float, then: OnCopied = None
+    ) -> None:
+        """The message comes again after `delay` seconds, saying that `attempt` were made.
+
+        `then` is called once a copy of it, with `id` as its own, is safe at a broker.
+        """
 
     def dead(self, delivery: Delivery, *, id: str, attempt: int, reason: str) -> None:
         """The message goes to the dead letters."""
 
-    def back(self, delivery: Delivery, *, id: str | None = None) -> None:
-        """The message goes back to its queue, for whoever comes first; with `id` as its own."""
+    def back(self, delivery: Delivery, *, id: str | None = None, then: OnCopied = None) -> None:
+        """The message goes back to its queue, for whoever comes first; with `id` as its own, and
+        then `then` is called as above."""
 
     def defer(self, delivery: Delivery, *, id: str, owner: str, delay: float) -> None:
         """Another daemon, `owner`, has the job. The message comes again, saying so, after `delay`

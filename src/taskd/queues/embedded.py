@@ -18,7 +18,7 @@ from typing import Any
 from taskd.config.schema import Queue
 from taskd.errors import StoreAway
 from taskd.kernel.loop import Loop, Timer
-from taskd.queues.delivery import Delivery, Look, Message, OnSent
+from taskd.queues.delivery import Delivery, Look, Message, OnCopied, OnSent
 from taskd.states import LinkState, StoreState
 from taskd.store import statements
 from taskd.store.recorder import Recorder
@@ -116,13 +116,15 @@ class EmbeddedQueue:
     def done(self, delivery: Delivery) -> None:
         self._settle(delivery)
 
-    def retry(self, delivery: Delivery, *, id: str, attempt: int, delay: float) -> None:
+    def retry(
+        self, delivery: Delivery, *, id: str, attempt: int, delay: float, then: OnCopied = None
+    ) -> None:
         self._settle(delivery)
 
     def dead(self, delivery: Delivery, *, id: str, attempt: int, reason: str) -> None:
         self._settle(delivery)
 
-    def back(self, delivery: Delivery, *, id: str | None = None) -> None:
+    def back(self, delivery: Delivery, *, id: str | None = None, then: OnCopied = None) -> None:
         """Release the claim, unless the pool's write that ended an attempt did it already."""
         if not delivery.settled and delivery.row is not None:
             self._release([delivery.row])

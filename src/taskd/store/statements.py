@@ -113,13 +113,14 @@ def counts(connection: Connection) -> list[tuple[str, str | None, int]]:
 
 
 def unfinished(connection: Connection, *, queue: str, task: str, payload: bytes) -> list[Row]:
-    """Jobs of a message without an id that were begun and go back to its queue, the oldest first.
+    """Jobs of a message without an id that were begun and are to go on, the oldest first: those
+    that the daemon died in, and those whose message may not have got its id yet.
 
     Without payload and output; as many as one queue may have in hand, and more.
     """
     statement = (
         sa.select(*SUMMARY)
-        .where(schema.waiting, _job.queue == queue, _job.state == JobState.QUEUED.value)
+        .where(schema.waiting, _job.queue == queue)
         .where(_job.message_id.is_(None), _job.attempt > 0, _job.acknowledged.is_(False))
         .where(_job.task == task, _job.payload == payload)
         .order_by(_job.submitted_at)

@@ -7,12 +7,13 @@ from typing import Any
 from taskd.config.schema import Config
 from taskd.errors import StoreAway
 from taskd.kernel.loop import Loop
-from taskd.queues.delivery import RETURNS_MAX, Delivery
+from taskd.queues.delivery import RETURNS_MAX
 from taskd.states import JobPhase
 from taskd.store import leases, statements
 from taskd.store.recorder import Recorder
 from taskd.work.job import Job
 from taskd.work.rows import Rows
+from taskd.work.settling import Settling
 from taskd.work.story import Story
 from taskd.work.verdict import UNFINISHED, Verdict, verdict
 
@@ -20,9 +21,10 @@ from taskd.work.verdict import UNFINISHED, Verdict, verdict
 class Judge:
     """Owned by the pool, whose `jobs` it renames where a message turns out to be an older job's.
 
-    Each job that it is given is handed on to one of four: `on_run`, for it waits for a slot;
-    `on_answered`, where the message is settled; `on_unknown`, where the store cannot be asked;
-    `on_hopeless`, with the reason, where it may be what kills the daemon.
+    Each job that it is given is handed on to one of five: `on_run`, for it waits for a slot;
+    `on_answered`, where the message is settled; `on_twin`, where it is that of another job here;
+    `on_unknown`, where the store cannot be asked; `on_hopeless`, with the reason, where it may be
+    what kills the daemon.
     """
 
     def __init__(
@@ -34,7 +36,9 @@ class Judge:
         *,
         rows: Rows,
         story: Story,
+        settling: Settling,
         on_run: Callable[[Job], None],
+        on_twin: Callable[[Job, Job], None],
         on_answered: Callable[[Job], None],
         on_unknown: Callable[[Job], None],
         on_hopeless: Callable[[Job, str], None],
@@ -45,7 +49,9 @@ class Judge:
         self._jobs = jobs
         self._rows = rows
         self._story = story
+        self._settling = settling
         self._on_run = on_run
+        self._on_twin = on_twin
         self._on_answered = on_answered
         self._on_unknown = on_unknown
         self._on_hopeless = on_hopeless
@@ -97,14 +103,18 @@ class Judge:
         if isinstance(rows, StoreAway):
             self._on_unknown(job)
             return
-        row = next((row for row in rows if row["id"] not in self._jobs), None)
-        if row is None:
-            self._judge_unrecorded(job)
-            return
-        del self._jobs[job.id]
-        job.id = row["id"]
-        self._jobs[job.id] = job
-        self._judge(job, row)
+        for row in rows:
+            other = self._jobs.get(row["id"])
+            if other is None:
+                del self._jobs[job.id]
+                job.id = row["id"]
+                self._jobs[job.id] = job
+                self._judge(job, row)
+                return
+            if other.named:  # its copy, which has the id, was quicker
+                self._on_twin(job, other)
+                return
+        self._judge_unrecorded(job)
 
     def _judge_unrecorded(self, job: Job) -> None:
         returns = job.delivery.returns
@@ -124,39 +134,31 @@ class Judge:
         self._rows.recall(job, row)
         delivery = job.delivery
         again = self.config.queues[job.queue].duplicate_ids == "run"
-        match verdict(delivery, row, duplicates_run=again):
+        found = verdict(delivery, row, duplicates_run=again)
+        match found:
             case Verdict.RUN:
-                if row["state"] not in UNFINISHED:
-                    job.retries = job.crashes = 0  # a new message with a used id starts afresh
-                if job.crashes and job.crashes >= self._crash_limit(job):
-                    self._on_hopeless(job, f"the daemon died in {job.crashes} of its attempts")
-                else:
-                    self._on_run(job)
+                self._run(job, row)
                 return
-            case Verdict.DEAD:
-                reason = row["reason"] or "failed"
-                delivery.source.dead(delivery, id=job.id, attempt=job.attempt, reason=reason)
-                self._reply_again(delivery, row)
-            case Verdict.RETRY:
-                delay = self._rows.time_left(row)
-                delivery.source.retry(delivery, id=job.id, attempt=job.attempt, delay=delay)
-            case Verdict.ELSEWHERE:
-                owner, left = row["claimed_by"], row["elsewhere"]
-                delivery.source.defer(delivery, id=job.id, owner=owner, delay=left)
-                self._story.elsewhere(job)
             case Verdict.TAKE_OVER:
                 question = partial(leases.take_over, id=job.id, owner=row["claimed_by"])
                 self._recorder.ask(question, partial(self._on_taken_over, job))
                 return
-            case Verdict.DONE:
-                delivery.source.done(delivery)
-                self._reply_again(delivery, row)
+            case Verdict.ELSEWHERE:
+                self._story.elsewhere(job)
             case Verdict.DUPLICATE:
                 self._story.duplicate(job, row)
-                delivery.source.done(delivery)
-        for twin in job.twins:
-            twin.source.done(twin)
+        self._settling.answer_from(row, job, found)
         self._on_answered(job)
+
+    def _run(self, job: Job, row: Mapping[str, Any]) -> None:
+        if job.named and job.delivery.row is None and row["message_id"] is None:
+            self._settling.name(job)
+        if row["state"] not in UNFINISHED:
+            job.retries = job.crashes = 0  # a new message with a used id starts afresh
+        if job.crashes and job.crashes >= self._crash_limit(job):
+            self._on_hopeless(job, f"the daemon died in {job.crashes} of its attempts")
+        else:
+            self._on_run(job)
 
     def _on_taken_over(self, job: Job, answer: bool | StoreAway) -> None:
         """Whatever came of it, the store knows more now."""
@@ -168,8 +170,3 @@ class Judge:
         if answer:
             self._story.taken_over(job)
         self._inquire(job)
-
-    def _reply_again(self, delivery: Delivery, row: Mapping[str, Any]) -> None:
-        """The outcome is settled from the record: whoever waits for it may not have heard."""
-        if delivery.reply_to:
-            delivery.source.reply(delivery, self._rows.reply_from(row))

@@ -21,7 +21,7 @@ from taskd.config.schema import Config
 from taskd.errors import Rejected, SpawnError
 from taskd.kernel.loop import Loop
 from taskd.queues.delivery import Delivery
-from taskd.states import ALIVE, FINAL, PHASE_MOVES, AttemptState, JobPhase, JobState, move
+from taskd.states import ALIVE, PHASE_MOVES, AttemptState, JobPhase, JobState, move
 from taskd.store.recorder import Recorder, Write
 from taskd.work import message, story
 from taskd.work.adoption import Lost
@@ -30,6 +30,7 @@ from taskd.work.job import ABANDONED, Job, Outcome
 from taskd.work.judge import Judge
 from taskd.work.rejections import Rejections
 from taskd.work.rows import Rows
+from taskd.work.settling import Settling
 from taskd.work.slots import Slots
 from taskd.work.speech import Speech
 from taskd.work.story import Story
@@ -76,6 +77,7 @@ class Pool:
         self._begun: dict[str, Job] = {}  # whose beginning is not recorded yet
         self._speech = Speech(loop, recorder, rows, story, unrecorded=self._begun)
         self._rejections = Rejections(recorder, rows, story, self.jobs)
+        self._settling = Settling(recorder, rows)
         self._judge = Judge(
             loop,
             recorder,
@@ -83,7 +85,9 @@ class Pool:
             self.jobs,
             rows=rows,
             story=story,
+            settling=self._settling,
             on_run=self._wait,
+            on_twin=self._on_twin,
             on_answered=self._drop,
             on_unknown=self._return,
             on_hopeless=self._bury,
@@ -145,7 +149,12 @@ class Pool:
         job.delivery = delivery
         self._story.adopted(job)
         if job.phase is JobPhase.SETTLED:
-            self._answer(job)
+            self._settling.answer(job)
+
+    def _on_twin(self, job: Job, other: Job) -> None:
+        """A job turns out to be one that is here already."""
+        self._drop(job)
+        self._adopt(other, job.delivery)
 
     def _bury(self, job: Job, reason: str) -> None:
         """Give up a job that may be what kills the daemon."""
@@ -284,7 +293,7 @@ class Pool:
     def _on_recorded(self, job: Job) -> None:
         self._move(job, JobPhase.SETTLED)
         del self.jobs[job.id]
-        self._answer(job)
+        self._settling.answer(job)
         self.on_settled()
 
     def _on_not_recorded(self, job: Job) -> None:
@@ -295,28 +304,6 @@ class Pool:
         for delivery in job.delivery, *job.twins:
             delivery.source.back(delivery)
         self.on_settled()
-
-    def _answer(self, job: Job) -> None:
-        """Settle the job's deliveries by its recorded outcome. Lost ones are no-ops."""
-        delivery, outcome = job.delivery, job.outcome
-        assert outcome is not None
-        source = delivery.source
-        match outcome.job:
-            case JobState.RETRYING:
-                source.retry(delivery, id=job.id, attempt=job.attempt, delay=outcome.delay)
-            case JobState.QUEUED:
-                # Where the message has no id of its own, it takes the job's along.
-                source.back(delivery, id=None if job.named else job.id)
-            case JobState.FAILED:
-                reason = outcome.reason or "failed"
-                source.dead(delivery, id=job.id, attempt=job.attempt, reason=reason)
-            case _:
-                source.done(delivery)
-        asker = job.asker if job.kept else delivery
-        if asker.reply_to and outcome.job in FINAL:
-            asker.source.reply(asker, self._rows.reply(job))
-        for twin in job.twins:
-            twin.source.done(twin)
 
     def _drop(self, job: Job) -> None:
         """Forget a job that has not started, whose message is answered otherwise."""

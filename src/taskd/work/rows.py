@@ -108,6 +108,10 @@ class Rows:
         }
         return Write(row, None, new=False, ours=True)
 
+    def named(self, job: Job) -> Write:
+        """Its message had no id, and has the job's now."""
+        return Write({"id": job.id, "message_id": job.id})
+
     def rejected(self, delivery: Delivery, id: str, task: str | None, reason: str) -> Write:
         now = time.time()
         row = {

@@ -12,7 +12,7 @@ from typing import Any
 from taskd import points
 from taskd.config.values import format_span
 from taskd.kernel.loop import Loop
-from taskd.queues.delivery import Delivery
+from taskd.queues.delivery import Delivery, OnCopied
 from taskd.queues.rabbitmq import outgoing
 from taskd.queues.rabbitmq.connection import Backoff, Broker
 from taskd.queues.rabbitmq.properties import Properties
@@ -31,6 +31,7 @@ class Copy:
     properties: Properties
     arguments: Mapping[str, Any] | None = None  # the queue is declared with them each time
     if_missing: Mapping[str, Any] | None = None  # or only if the message finds none
+    then: OnCopied = None
     declared: bool = False  # in this try
     backoff: Backoff | None = None
 
@@ -98,6 +99,8 @@ class Placer:
             if self.stuck.pop(copy, None):
                 log.info("queue %s: a message was put on %s at last", self._name, copy.target)
             points.reach("after publish")
+            if copy.then is not None:
+                copy.then()
             self._on_placed(copy.original)
             self._on_change()
         elif refusal.code == NO_ROUTE and copy.if_missing is not None and not copy.declared:

@@ -17,7 +17,7 @@ from taskd import points
 from taskd.config.schema import Queue
 from taskd.config.values import format_span
 from taskd.kernel.loop import Loop, Timer
-from taskd.queues.delivery import RETURNS_MAX, Delivery, Look, Message, OnSent
+from taskd.queues.delivery import RETURNS_MAX, Delivery, Look, Message, OnCopied, OnSent
 from taskd.queues.rabbitmq import incoming, outgoing
 from taskd.queues.rabbitmq.connection import Backoff, Broker
 from taskd.queues.rabbitmq.letters import Visit, Visits
@@ -297,26 +297,31 @@ class RabbitQueue:
         if self._settle(delivery):
             self._on_placed(delivery)
 
-    def retry(self, delivery: Delivery, *, id: str, attempt: int, delay: float) -> None:
+    def retry(
+        self, delivery: Delivery, *, id: str, attempt: int, delay: float, then: OnCopied = None
+    ) -> None:
         if self._settle(delivery):
             properties = outgoing.for_retry(delivery.token[1], id, attempt)
-            self._place_later(delivery, properties, delay)
+            self._place_later(delivery, properties, delay, then)
 
     def defer(self, delivery: Delivery, *, id: str, owner: str, delay: float) -> None:
         if self._settle(delivery):
             properties = outgoing.for_deferral(delivery.token[1], id, delivery, owner)
             # The ladder's nearest step may be a tenth shorter.
             pause = max(delay, self._broker.heartbeat) * _DEFER_MARGIN + 1
-            self._place_later(delivery, properties, pause)
+            self._place_later(delivery, properties, pause, None)
 
     def holds(self, delivery: Delivery) -> bool:
         return not delivery.lost and self._broker.heard
 
-    def _place_later(self, delivery: Delivery, properties: Properties, delay: float) -> None:
+    def _place_later(
+        self, delivery: Delivery, properties: Properties, delay: float, then: OnCopied
+    ) -> None:
         milliseconds = outgoing.ladder(delay)
         key = f"{self._key}.retry.{milliseconds}"
         arguments = outgoing.retry_arguments(self._key, milliseconds)
-        self._placer.place(Copy(delivery, "", key, properties, arguments=arguments))
+        copy = Copy(delivery, "", key, properties, arguments=arguments, then=then)
+        self._placer.place(copy)
 
     def dead(self, delivery: Delivery, *, id: str, attempt: int, reason: str) -> None:
         if self._settle(delivery):
@@ -327,12 +332,12 @@ class RabbitQueue:
                 missing = outgoing.DEAD_ARGUMENTS
             self._placer.place(Copy(delivery, exchange, key, properties, if_missing=missing))
 
-    def back(self, delivery: Delivery, *, id: str | None = None) -> None:
+    def back(self, delivery: Delivery, *, id: str | None = None, then: OnCopied = None) -> None:
         if not self._settle(delivery):
             return
         if delivery.returns >= RETURNS_MAX or id is not None:
             properties = outgoing.for_return(delivery.token[1], delivery.attempt, id)
-            self._placer.place(Copy(delivery, "", self._key, properties))
+            self._placer.place(Copy(delivery, "", self._key, properties, then=then))
         else:
             self._gather()
             self._returned.append(delivery.token[0])
