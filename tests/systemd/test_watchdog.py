@@ -52,21 +52,25 @@ def test_a_loop_that_hangs_is_aborted_explained_and_its_jobs_run_again(
         assert states == ["interrupted", "succeeded"]
 
 
-# Another connection takes the lock of the database, until its stdin ends.
-HOLD = """
-import sqlite3, sys
+# Another connection takes the lock of the database, or of the table.
+SQLITE = """
+import sqlite3
 database = sqlite3.connect("/var/lib/taskd/taskd.db", isolation_level=None)
 database.execute("BEGIN IMMEDIATE")
-print("held", flush=True)
-sys.stdin.read()
 """
+POSTGRESQL = """
+import psycopg2
+database = psycopg2.connect("dbname=taskd host=/run/postgresql")
+database.cursor().execute("LOCK TABLE jobs")
+"""
+HOLD = "import sys; print('held', flush=True); sys.stdin.read()"
 
 
 @contextmanager
-def held(machine: Machine) -> Iterator[Callable[[], None]]:
+def held(machine: Machine, lock: str = SQLITE) -> Iterator[Callable[[], None]]:
     """Inside, the database is locked, until what is handed over is called."""
     with subprocess.Popen(
-        machine.inside("runuser", "-u", "taskd", "--", "python3", "-c", HOLD),
+        machine.inside("runuser", "-u", "taskd", "--", "python3", "-c", lock + HOLD),
         env=ENVIRON,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -104,6 +108,16 @@ def test_a_recorder_that_hangs_is_a_hang(taskd: Taskd) -> None:
     assert taskd.ctl("submit", "echo", '{"words": "after"}', "--wait").out == "after\n"
 
 
+def until_beaten_for_long(taskd: Taskd) -> None:
+    """Several times as long as the watchdog waits for a beat."""
+
+    def beaten() -> int:
+        return int(taskd.machine.get(SERVICE, "WatchdogTimestampMonotonic"))
+
+    since = beaten()
+    wait_until(lambda: beaten() - since > 3 * WATCHDOG * 1e6, 60)
+
+
 def test_a_database_that_is_away_is_no_hang(taskd: Taskd) -> None:
     machine = taskd.machine
     taskd.drop_in(QUICK)
@@ -114,14 +128,43 @@ def test_a_database_that_is_away_is_no_hang(taskd: Taskd) -> None:
     with held(machine) as release:
         taskd.let_go()  # the outcome can't be recorded
         taskd.until_status("store away")
-
-        def beaten() -> int:
-            return int(machine.get(SERVICE, "WatchdogTimestampMonotonic"))
-
-        since = beaten()
-        wait_until(lambda: beaten() - since > 3 * WATCHDOG * 1e6, 60)
+        until_beaten_for_long(taskd)
         assert (taskd.pid, taskd.restarts) == (pid, 0)
         release()
     row = taskd.until(job, "succeeded")
     assert [attempt["state"] for attempt in row["attempts"]] == ["succeeded"]
     assert taskd.pid == pid
+
+
+def test_a_database_server_that_is_slow_or_down_is_no_hang(taskd: Taskd) -> None:
+    machine = taskd.machine
+    machine.sh(
+        """
+        systemctl start postgresql
+        cd /
+        runuser -u postgres -- dropdb --if-exists taskd
+        runuser -u postgres -- dropuser --if-exists taskd
+        runuser -u postgres -- createuser taskd
+        runuser -u postgres -- createdb --owner=taskd taskd
+        """
+    )
+    taskd.drop_in(QUICK)
+    shared = "postgresql+psycopg2:///taskd?host=/run/postgresql"
+    taskd.start(f"[taskd]\nstore = {shared}\nlease = 5min\n{BASIC}")
+    pid = taskd.pid
+    job = taskd.submit("wait", file=taskd.file())
+    taskd.until(job, "running")
+    with held(machine, POSTGRESQL) as release:
+        taskd.let_go()
+        taskd.until_status("store away")
+        until_beaten_for_long(taskd)
+        machine.sh("systemctl stop postgresql")
+        until_beaten_for_long(taskd)
+        release()
+    assert (taskd.pid, taskd.restarts) == (pid, 0)
+    assert "store away" in taskd.status
+    machine.sh("systemctl start postgresql")
+    row = taskd.until(job, "succeeded")
+    assert [attempt["state"] for attempt in row["attempts"]] == ["succeeded"]
+    assert taskd.pid == pid
+    machine.sh("systemctl stop taskd.socket taskd postgresql")
