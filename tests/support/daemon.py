@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import sqlite3
@@ -53,7 +54,7 @@ class Taskd:
         """Set the configuration; the store and the control socket are the test's."""
         head = "[taskd]\n"
         own = f"store = {self.store}\ncontrol = {self.socket}\n"
-        text = config.replace("@dir@", str(self.directory))
+        text = as_root(config.replace("@dir@", str(self.directory)))
         body = text.replace(head, head + own, 1) if head in text else head + own + text
         self.config.write_text(body)
 
@@ -206,6 +207,18 @@ class Taskd:
             return wait_until(there, limit)
         except AssertionError as error:
             raise AssertionError(f"{error}: {self.job(id)}\n{self.log[-4000:]}") from None
+
+
+def as_root(config: str) -> str:
+    """`config` as a daemon run by root takes it: each task says as whom it runs."""
+    if os.geteuid():
+        return config
+    head, *tasks = re.split(r"(?m)^(?=\[task:)", config)
+    named = [
+        task if re.search(r"(?m)^user *=", task) else task.replace("]\n", "]\nuser = root\n", 1)
+        for task in tasks
+    ]
+    return head + "".join(named)
 
 
 class Ran:

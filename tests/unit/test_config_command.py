@@ -17,6 +17,7 @@ from taskd.config.command import (
     find_program,
     locate,
 )
+from taskd.config.limits import own_identity
 from taskd.errors import Rejected
 
 
@@ -183,12 +184,12 @@ def test_a_program_that_cannot_be_run_is_told_apart(tmp_path: Path) -> None:
 
 def test_a_base_environment_has_nothing_else_of_the_daemons() -> None:
     daemon = {"LANG": "de_DE.UTF-8", "TZ": "UTC", "PATH": "/x", "SECRET": "s", "LC_ALL": "C"}
-    base = base_environment(daemon, {"A": "1"})
+    base = base_environment(daemon, {"A": "1"}, own_identity())
     assert base.keys() == {"PATH", "HOME", "USER", "LANG", "TZ", "A"}
     assert (base["PATH"], base["LANG"], base["TZ"]) == (DEFAULT_PATH, "de_DE.UTF-8", "UTC")
 
 
 def test_a_base_environment_without_the_daemons_help() -> None:
-    base = base_environment({}, {"PATH": "/opt/bin", "HOME": "/srv"})
+    base = base_environment({}, {"PATH": "/opt/bin", "HOME": "/srv"}, own_identity())
     assert base.keys() == {"PATH", "HOME", "USER", "LANG"}
     assert (base["PATH"], base["HOME"], base["LANG"]) == ("/opt/bin", "/srv", "C.UTF-8")

@@ -1,7 +1,9 @@
 """Reading: what section 4 of the design promises, and every problem with its file and line."""
 
 import dataclasses
+import grp
 import os
+import pwd
 import re
 import resource
 import time
@@ -148,17 +150,51 @@ def split(words: Sequence[str], mark: str) -> tuple[list[str], list[str]]:
 
 
 def test_what_only_root_may_set_is_held_against_another_user_alone(write: Write) -> None:
-    path = write(QUEUE + TASK + "nice = -1\noom_score_adjust = -1\nlimit_nofile = 1073741824\n")
+    others = "user = bin\nsupplementary_groups = bin\n"
+    more = "nice = -1\noom_score_adjust = -1\nlimit_nofile = 1073741824\n"
+    path = write(QUEUE + TASK + others + more)
     assert read(path).tasks["t"].nice == -1
     own = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     with pytest.raises(ConfigError) as told:
         read(path, uid=1000)
     found = [str(problem).partition("[task:t] ")[2] for problem in told.value.problems]
     assert found == [
+        "user: only a taskd that runs as root can run jobs as somebody else",
+        "supplementary_groups: only a taskd that runs as root can set it",
         "nice: only a taskd that runs as root can go below 0",
         "oom_score_adjust: only a taskd that runs as root can go below 0",
         f"limit_nofile: taskd itself has {own}, and cannot give more",
     ]
+
+
+def test_a_taskd_that_runs_as_root_has_to_know_as_whom_jobs_run(write: Write) -> None:
+    path = write(QUEUE + TASK)
+    assert read(path).tasks["t"].owner is None
+    assert read(path, uid=1000).tasks["t"].owner is None
+    with pytest.raises(ConfigError) as told:
+        read(path, uid=0)
+    (problem,) = told.value.problems
+    assert str(problem).endswith(
+        ":3: [task:t]: taskd runs as root, so it must know as whom the jobs run: user = NAME"
+    )
+    own = read(write(QUEUE + TASK + f"user = {os.geteuid()}\n"), uid=0).tasks["t"]
+    assert (own.owner, own.hop) == (None, ())
+
+
+def test_who_a_job_runs_as_is_who_the_user_database_says(write: Write) -> None:
+    nobody = pwd.getpwnam("nobody")
+    task = read(write(QUEUE + TASK + "user = nobody\n")).tasks["t"]
+    assert task.owner == (nobody.pw_uid, nobody.pw_gid)
+    assert task.environment_base["HOME"] == nobody.pw_dir
+    assert task.environment_base["USER"] == "nobody"
+    groups = ",".join(map(str, os.getgrouplist("nobody", nobody.pw_gid)))
+    ids = f"--reuid={nobody.pw_uid}", f"--regid={nobody.pw_gid}"
+    assert task.hop[1:] == (*ids, f"--groups={groups}", "--")
+    more = "user = 1\ngroup = bin\nsupplementary_groups = adm, 0\nno_new_privileges = yes\n"
+    task = read(write(QUEUE + TASK + more)).tasks["t"]
+    bin, adm = grp.getgrnam("bin").gr_gid, grp.getgrnam("adm").gr_gid
+    assert task.owner == (1, bin)
+    assert task.hop[2:] == (f"--regid={bin}", f"--groups={adm},0", "--no-new-privs", "--")
 
 
 def test_every_problem_of_every_file_is_told_at_once(write: Write) -> None:
@@ -262,6 +298,9 @@ def test_every_problem_of_every_file_is_told_at_once(write: Write) -> None:
         (QUEUE + TASK + "umask = 888\n", '5: [task:t] umask: "888" is not a umask; write one'),
         (QUEUE + TASK + "nice = 20\n", '5: [task:t] nice: "20" is not a whole number from -20'),
         (QUEUE + TASK + "oom_score_adjust = x\n", '5: [task:t] oom_score_adjust: "x" is not a wh'),
+        (QUEUE + TASK + "user = no-one\n", '5: [task:t] user: there is no user "no-one"'),
+        (QUEUE + TASK + "group = none\n", '5: [task:t] group: there is no group "none"'),
+        (QUEUE + TASK + "supplementary_groups = a\n", "5: [task:t] supplementary_groups: there i"),
         (QUEUE + TASK + "memory_max = much\n", '5: [task:t] memory_max: "much" is not a size'),
         (QUEUE + TASK + "cpu_quota = 2\n", '5: [task:t] cpu_quota: "2" is not a percentage; write'),
         (QUEUE + TASK + "cpu_quota = 0.5%\n", "5: [task:t] cpu_quota: less than 1% of a processor"),

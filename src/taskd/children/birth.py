@@ -34,6 +34,7 @@ class Launch:
     watchdog: float | None = None  # it is aborted when it has been silent for so long
     output: str | None = None  # a file for it, instead of the journal
     output_keep: int = 16 * 1024
+    owner: tuple[int, int] | None = None  # uid and gid that `argv` changes to
     umask: int | None = None
     group: str = ""  # the name of its cgroup, among all children
     limits: Mapping[str, str] = field(default_factory=dict)  # files of its cgroup
@@ -101,12 +102,17 @@ def _bear(
         theirs.append(stderr)
         os.set_blocking(born.stdout, False)
         os.set_blocking(born.stderr, False)
+        if launch.owner is not None:
+            # Or it could not open /dev/stdout.
+            os.fchown(stdout, *launch.owner)
+            os.fchown(stderr, *launch.owner)
     else:
-        born.file = _file(loop, launch.output, launch.output_keep)
+        born.file = _file(loop, launch)
         stdout = stderr = born.file.fd
     environment = launch.environment
     if notify_path is not None:
-        born.socket = NotifySocket(loop, notify_path, uid=os.geteuid())
+        uid = os.geteuid() if launch.owner is None else launch.owner[0]
+        born.socket = NotifySocket(loop, notify_path, uid=uid)
         environment = {**environment, "NOTIFY_SOCKET": notify_path}
     start = partial(
         spawn,
@@ -128,9 +134,10 @@ def _bear(
         log.warning("%s: %s not set: %s", launch.group, file, why)
 
 
-def _file(loop: Loop, path: str, keep: int) -> FileOutput:
+def _file(loop: Loop, launch: Launch) -> FileOutput:
+    assert launch.output is not None
     try:
-        return FileOutput(loop, path, keep)
+        return FileOutput(loop, launch.output, launch.output_keep, owner=launch.owner)
     except OSError as error:
-        reason = f"output file {path}: {error.strerror}"
+        reason = f"output file {launch.output}: {error.strerror}"
         raise SpawnError(reason, passing=error.errno in _FULL) from None

@@ -21,16 +21,20 @@ class FileOutput:
     lost = 0
     drained = True  # nothing of it is ever on its way
 
-    def __init__(self, loop: Loop, path: str, keep: int) -> None:
+    def __init__(
+        self, loop: Loop, path: str, keep: int, *, owner: tuple[int, int] | None = None
+    ) -> None:
         self._loop = loop
         self._keep = keep
         self._waiting: list[Callable[[], None]] = []
         self._timer: Timer | None = None
         self._kept = b""
-        # A link may be a trap: others may write in this directory.
+        # A link may be a trap: others may write in this directory, and we may be root.
         flags = os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW | os.O_NOCTTY | os.O_CLOEXEC
         try:
             self.fd = os.open(path, flags | os.O_CREAT | os.O_EXCL, MODE)
+            if owner is not None:
+                os.fchown(self.fd, *owner)
         except FileExistsError:
             self.fd = os.open(path, flags | os.O_NONBLOCK)  # a FIFO would hold us up
         self._first = self._seen = self._total = self._size()

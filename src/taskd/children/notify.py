@@ -59,6 +59,8 @@ def prepare(directory: Path) -> None:
     if len(os.fsencode(directory)) + len("/4194304.4294967295") > PATH_MAX:
         raise ValueError(f"{directory}: too long for the path of a socket ({PATH_MAX} bytes)")
     directory.mkdir(parents=True, exist_ok=True)
+    if not os.geteuid():
+        directory.chmod(0o711)  # jobs of other users find their own socket there, and nothing else
     for entry in directory.iterdir():
         if entry.name.replace(".", "", 1).isdecimal() and entry.is_socket():
             entry.unlink()
@@ -79,6 +81,8 @@ class NotifySocket:
         try:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
             self._socket.bind(path)
+            if uid != os.geteuid():
+                os.chown(path, uid, -1)
         except OSError:
             self._socket.close()
             raise

@@ -7,7 +7,6 @@ message brings stays one argument, or part of one.
 
 import math
 import os
-import pwd
 import re
 import stat
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from taskd.config.limits import Identity
 from taskd.config.values import quoted
 from taskd.errors import Rejected
 
@@ -100,14 +100,11 @@ def find_program(program: str, path: str) -> str:
     raise ValueError(f"the program {quoted(program)} was not found: {where}")
 
 
-def base_environment(environ: Mapping[str, str], own: Mapping[str, str]) -> dict[str, str]:
+def base_environment(
+    environ: Mapping[str, str], own: Mapping[str, str], who: Identity
+) -> dict[str, str]:
     """What every job of a task finds in its environment: nothing of the daemon's but this."""
-    try:
-        user = pwd.getpwuid(os.getuid())
-        home, name = user.pw_dir, user.pw_name
-    except KeyError:  # a container's user may have no entry
-        home, name = "/", str(os.getuid())
-    base = {"PATH": DEFAULT_PATH, "HOME": home, "USER": name}
+    base = {"PATH": DEFAULT_PATH, "HOME": who.home, "USER": who.name}
     base["LANG"] = environ.get("LANG") or "C.UTF-8"
     if "TZ" in environ:
         base["TZ"] = environ["TZ"]

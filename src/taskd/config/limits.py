@@ -1,4 +1,4 @@
-"""Limits: what a job may have.
+"""Limits: what a job may have, and as whom it runs.
 
 What all its processes may have together is written into files of its cgroup (`group_files`), which
 the kernel's admin-guide/cgroup-v2.rst describes; each needs a controller that was delegated to us.
@@ -7,9 +7,13 @@ The rest is composed in front of its command, an exec each, and only what the ta
 process, it would lose the race against its first fork.
 """
 
+import grp
+import os
+import pwd
 import re
 import resource
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from taskd.config import values
@@ -143,7 +147,62 @@ def group_files(options: Mapping[str, Any]) -> dict[str, str]:
     return files
 
 
-def hop(options: Mapping[str, Any], find: Callable[[str], str]) -> tuple[str, ...]:
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """As whom a task's jobs run."""
+
+    uid: int
+    gid: int
+    groups: tuple[int, ...]  # supplementary
+    name: str
+    home: str
+
+    @property
+    def ours(self) -> bool:
+        """Whether this is what our children are anyway."""
+        mine = (os.geteuid(), os.getegid(), {*os.getgroups()} - {os.getegid()})
+        return (self.uid, self.gid, {*self.groups} - {self.gid}) == mine
+
+
+def own_identity() -> Identity:
+    uid = os.geteuid()
+    try:
+        entry = pwd.getpwuid(uid)
+        name, home = entry.pw_name, entry.pw_dir
+    except KeyError:  # a container's user may have no entry
+        name, home = str(uid), "/"
+    return Identity(uid, os.getegid(), tuple(os.getgroups()), name, home)
+
+
+def identity(user: str | None, group: str | None, supplementary: tuple[str, ...]) -> Identity:
+    """Raises ValueError for who is not known here."""
+    own = own_identity()
+    if user is None or user in (own.name, str(own.uid)):
+        # Who starts taskd by hand has groups that a login gave, and that no file tells.
+        uid, gid, groups, name, home = own.uid, own.gid, own.groups, own.name, own.home
+    else:
+        try:
+            entry = pwd.getpwuid(int(user)) if user.isdecimal() else pwd.getpwnam(user)
+        except (KeyError, OverflowError):
+            raise ValueError(f"there is no user {quoted(user)}") from None
+        uid, gid, name, home = entry.pw_uid, entry.pw_gid, entry.pw_name, entry.pw_dir
+        groups = tuple(os.getgrouplist(name, gid))
+    if group is not None:
+        groups = tuple(one for one in groups if one != gid)
+        gid = _gid(group)
+    if supplementary:
+        groups = tuple(_gid(one) for one in supplementary)
+    return Identity(uid, gid, groups, name, home)
+
+
+def _gid(group: str) -> int:
+    try:
+        return grp.getgrgid(int(group)).gr_gid if group.isdecimal() else grp.getgrnam(group).gr_gid
+    except (KeyError, OverflowError):
+        raise ValueError(f"there is no group {quoted(group)}") from None
+
+
+def hop(options: Mapping[str, Any], who: Identity, find: Callable[[str], str]) -> tuple[str, ...]:
     """What stands before the command. `find` gives the path of a program, or a ValueError."""
     words: list[str] = []
     limits = [
@@ -156,16 +215,33 @@ def hop(options: Mapping[str, Any], find: Callable[[str], str]) -> tuple[str, ..
     for option, program in ("nice", "nice"), ("oom_score_adjust", "choom"):
         if (number := options.get(option)) is not None:
             words += [find(program), "-n", str(number), "--"]
-    if options.get("no_new_privileges"):
-        words += [find("setpriv"), "--no-new-privs", "--"]
+    if privileges := _privileges(options, who):
+        words += [find("setpriv"), *privileges, "--"]
     return tuple(words)
+
+
+def _privileges(options: Mapping[str, Any], who: Identity) -> list[str]:
+    words = []
+    if not who.ours:
+        groups = ",".join(map(str, who.groups))
+        words += [f"--reuid={who.uid}", f"--regid={who.gid}"]
+        words += [f"--groups={groups}" if groups else "--clear-groups"]
+    if options.get("no_new_privileges"):
+        words.append("--no-new-privs")
+    return words
 
 
 def forbidden(options: Mapping[str, Any], uid: int) -> dict[str, str]:
     """What a daemon of this user cannot do for a task: option and sentence."""
     if uid == 0:
-        return {}
+        what = "taskd runs as root, so it must know as whom the jobs run: user = NAME"
+        return {"": what} if options.get("user") is None else {}
     problems = {}
+    if options.get("user") not in (None, str(uid), own_identity().name):
+        problems["user"] = "only a taskd that runs as root can run jobs as somebody else"
+    for key in "group", "supplementary_groups":
+        if options.get(key):
+            problems[key] = "only a taskd that runs as root can set it"
     for key in "nice", "oom_score_adjust":
         if (options.get(key) or 0) < 0:
             problems[key] = "only a taskd that runs as root can go below 0"

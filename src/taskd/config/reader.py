@@ -204,26 +204,37 @@ class _Reading:
 
     def _prepare_task(self, draft: _Draft) -> None:
         values = draft.values
-        base = base_environment(self._environ, values.get("environment", {}))
+        who = self._identify(draft)
+        base = base_environment(self._environ, values.get("environment", {}), who)
         values["environment_base"] = base
         values["group_files"] = limits.group_files(values)
-        self._prepare_hop(draft)
         if values["command"] and "environment" not in draft.failed:
             try:
                 values["command"] = locate(values["command"], base["PATH"])
             except ValueError as error:
                 self._complain(draft.section, "command", str(error))
 
-    def _prepare_hop(self, draft: _Draft) -> None:
-        """What stands before the command."""
+    def _identify(self, draft: _Draft) -> limits.Identity:
+        """As whom its jobs run, and what stands before the command for that and for limits."""
+        values = draft.values
+        who = limits.own_identity()
+        names = (values.get("user"), values.get("group"), values.get("supplementary_groups", ()))
         try:
-            find = partial(find_program, path=DEFAULT_PATH)
-            draft.values["hop"] = limits.hop(draft.values, find)
+            who = limits.identity(*names)
+        except ValueError as error:
+            key = "user" if " user " in str(error) else "group"
+            key = key if key in values else "supplementary_groups"
+            self._complain(draft.section, key, str(error))
+        try:
+            values["hop"] = limits.hop(values, who, partial(find_program, path=DEFAULT_PATH))
         except ValueError as error:
             self._complain(draft.section, "", str(error))
+        values["owner"] = None if who.ours else (who.uid, who.gid)
         if self._uid is not None:
-            for key, text in limits.forbidden(draft.values, self._uid).items():
-                self._complain(draft.section, key, text)
+            for key, text in limits.forbidden(values, self._uid).items():
+                if key not in draft.failed:
+                    self._complain(draft.section, key, text)
+        return who
 
     def _check_fed(self, tasks: Mapping[str, _Draft], queues: Mapping[str, _Draft]) -> None:
         if not self._complete or any("tasks" in queue.failed for queue in queues.values()):

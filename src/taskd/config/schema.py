@@ -369,9 +369,13 @@ class Task:
     nice: int | None = field(default=None, metadata=_option(_NICE))
     oom_score_adjust: int | None = field(default=None, metadata=_option(_OOM_SCORE))
     umask: int | None = field(default=None, metadata=_option(_UMASK))
+    user: str | None = field(default=None, metadata=_option(TEXT))
+    group: str | None = field(default=None, metadata=_option(TEXT))
+    supplementary_groups: tuple[str, ...] = field(default=(), metadata=_option(_NAMES))
     no_new_privileges: bool = field(default=False, metadata=_option(_BOOLEAN))
     # Not options: what follows from them.
     hop: tuple[str, ...] = ()  # what stands before the command, and becomes it
+    owner: tuple[int, int] | None = None  # uid and gid of its jobs, where they are not ours
     environment_base: dict[str, str] = field(default_factory=dict, repr=False)
     group_files: dict[str, str] = field(default_factory=dict)  # of a job's cgroup
 

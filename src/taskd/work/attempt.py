@@ -34,6 +34,7 @@ def launch(job: Job, fields: Mapping[str, str]) -> Launch:
         watchdog=task.watchdog,
         output=_file(task.output, name),
         output_keep=task.output_keep,
+        owner=task.owner,
         umask=task.umask,
         group=f"{name}.{job.attempt}",
         limits=task.group_files,
