@@ -1,4 +1,5 @@
-"""`make bench`: how fast taskd runs a `/bin/true` per RabbitMQ message, beside a bare loop.
+"""`make bench`: how fast taskd runs a `/bin/true` per RabbitMQ message, beside a bare loop, and
+with a cgroup for each beside without.
 
 taskd runs as a user runs it: every outcome recorded with synchronous=FULL, one log line a
 life-cycle event. Rounds are interleaved, because the machine is shared: what counts is the
@@ -17,6 +18,7 @@ from datetime import datetime
 from pathlib import Path
 
 import pika
+from tests.support import cgroups
 from tests.support.rabbitmq import running_server
 from tests.support.waiting import wait_until
 
@@ -33,6 +35,7 @@ type = classic
 task = true
 
 [task:true]
+user = {user}
 command = /bin/true
 max_running = {prefetch}
 """
@@ -61,18 +64,23 @@ def bare(url: str, count: int) -> float:
     return count / float(ran.stdout)
 
 
-def taskd(url: str, count: int) -> tuple[float, float, int]:
-    """Jobs a second of taskd, its processor seconds a job, its memory in bytes at the end."""
+def taskd(url: str, count: int, *prefix: str) -> tuple[float, float, int]:
+    """Jobs a second of taskd, its processor seconds a job, its memory in bytes at the end.
+
+    `prefix` is a command that becomes the daemon.
+    """
     # Sockets in memory and the store on a disk, as /run and /var/lib are.
     with (
         tempfile.TemporaryDirectory(prefix="taskd-bench-") as directory,
         tempfile.TemporaryDirectory(prefix="taskd-bench-", dir="/dev/shm") as run,
     ):
         config = Path(directory, "taskd.conf")
-        config.write_text(CONFIG.format(directory=directory, run=run, url=url, prefetch=PREFETCH))
+        places = {"directory": directory, "run": run, "url": url}
+        config.write_text(CONFIG.format(**places, prefetch=PREFETCH, user=os.geteuid()))
         with Path(directory, "log").open("wb") as output:
             daemon = subprocess.Popen(
-                [sys.executable, "-m", "taskd.main", "--config", str(config)], stderr=output
+                [*prefix, sys.executable, "-m", "taskd.main", "--config", str(config)],
+                stderr=output,
             )
         try:
             store = f"file:{directory}/taskd.db?mode=ro"
@@ -116,24 +124,52 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
     parser.add_argument("--count", type=int, default=4000, help="messages a round")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--case", choices=("unnamed", "named", "cgroups"), action="append")
     arguments = parser.parse_args()
-    count = arguments.count
-    print(f"{os.cpu_count()} cores, {arguments.rounds} rounds of {count}, prefetch {PREFETCH}")
+    count, rounds = arguments.count, range(arguments.rounds)
+    cases = arguments.case or ["unnamed", "named", "cgroups"]
+    print(f"{os.cpu_count()} cores, {len(rounds)} rounds of {count}, prefetch {PREFETCH}")
     with running_server() as server:
-        for named, title in ((False, "without message ids"), (True, "with message ids")):
-            ratios = []
-            for _ in range(arguments.rounds):
-                fill(server.url(), count, named=named)
-                base = bare(server.url(), count)
-                fill(server.url(), count, named=named)
-                rate, processor, memory = taskd(server.url(), count)
-                ratios.append(rate / base)
-                print(
-                    f"bare {base:7.0f}/s   taskd {rate:7.0f}/s   ratio {rate / base:.2f}   "
-                    f"processor {processor * 1e6:.0f} us a job   PSS {memory / 2**20:.1f} MB",
-                    flush=True,
-                )
-            print(f"/bin/true per message, {title}: median ratio {statistics.median(ratios):.2f}")
+        if "unnamed" in cases:
+            ratio = statistics.median(beside_bare(server.url(), count) for _ in rounds)
+            print(f"/bin/true per message, without message ids: median ratio {ratio:.2f}")
+        if "named" in cases:
+            ratio = statistics.median(beside_bare(server.url(), count, named=True) for _ in rounds)
+            print(f"/bin/true per message, with message ids: median ratio {ratio:.2f}")
+        if "cgroups" in cases and cgroups.available() is None:
+            print("a cgroup per job: not measured, this process may not make cgroups")
+        elif "cgroups" in cases:
+            ratio = statistics.median(beside_no_groups(server.url(), count) for _ in rounds)
+            print(f"a cgroup per job: median ratio {ratio:.2f} to none")
+
+
+def beside_bare(url: str, count: int, *, named: bool = False) -> float:
+    """One round: the rate of taskd, as a ratio to that of the bare loop."""
+    fill(url, count, named=named)
+    base = bare(url, count)
+    fill(url, count, named=named)
+    rate, processor, memory = taskd(url, count)
+    print(
+        f"bare {base:7.0f}/s   taskd {rate:7.0f}/s   ratio {rate / base:.2f}   "
+        f"processor {processor * 1e6:.0f} us a job   PSS {memory / 2**20:.1f} MB",
+        flush=True,
+    )
+    return rate / base
+
+
+def beside_no_groups(url: str, count: int) -> float:
+    """One round: the rate with a cgroup for each job, as a ratio to that without."""
+    fill(url, count, named=False)
+    without, _, _ = taskd(url, count)
+    fill(url, count, named=False)
+    with cgroups.delegated_group() as group:
+        rate, processor, _ = taskd(url, count, *cgroups.entering(group))
+    print(
+        f"without {without:7.0f}/s   cgroups {rate:7.0f}/s   ratio {rate / without:.2f}   "
+        f"processor {processor * 1e6:.0f} us a job",
+        flush=True,
+    )
+    return rate / without
 
 
 if __name__ == "__main__":
