@@ -29,7 +29,7 @@ class Taskd:
     ) -> None:
         """`store`: the URL of one that is not the test's own file."""
         self.directory = directory
-        self.store = store or f"sqlite:///{directory / 'taskd.db'}"
+        self.store = store
         self.config = directory / "taskd.conf"
         self.socket = directory / "control.sock"
         self.database = directory / "taskd.db"
@@ -53,7 +53,8 @@ class Taskd:
     def write(self, config: str) -> None:
         """Set the configuration; the store and the control socket are the test's."""
         head = "[taskd]\n"
-        own = f"store = {self.store}\ncontrol = {self.socket}\n"
+        store = self.store or f"sqlite:///{self.database}"
+        own = f"store = {store}\ncontrol = {self.socket}\n"
         text = as_root(config.replace("@dir@", str(self.directory)))
         body = text.replace(head, head + own, 1) if head in text else head + own + text
         self.config.write_text(body)
