@@ -290,6 +290,23 @@ def test_an_idle_daemon_stays_small(taskd):
     assert pss * 1024 < 48 * 2**20
 
 
+def test_the_messages_of_ended_jobs_are_not_kept(taskd):
+    """They may be of megabytes, and Python looks for rings of objects by their number."""
+
+    def run(name, count):
+        for number in range(count):
+            taskd.insert(id=f"{name}-{number}", task="ok", payload=body)
+        for number in range(count):
+            taskd.until(f"{name}-{number}", "succeeded")
+        rollup = Path(f"/proc/{taskd.pid}/smaps_rollup").read_text().splitlines()
+        (size,) = [int(line.split()[1]) for line in rollup if line.startswith("Anonymous:")]
+        return size * 1024
+
+    body = b'{"pad": "%s"}' % (b"x" * 2**20)
+    before = run("first", 60)
+    assert run("then", 60) - before < 30 * len(body)
+
+
 def test_a_broken_configuration_at_start_says_everything_and_exits_78(tmp_path):
     taskd = Taskd(tmp_path, "[queue:q]\nurl = nothing\n[task:t]\ncommand = /no/such\ntimeot = 1\n")
     try:

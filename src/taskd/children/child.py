@@ -211,7 +211,11 @@ class Child:
         if self._notify is not None:
             self._notify.read_rest()
             self._notify.close()
-        self._on_over(self, self._exit())
+        on_over, exit = self._on_over, self._exit()
+        # Those know us as we know them, and some of them the job: such a ring would keep its
+        # message until Python looks for rings, which it does by number and not by size.
+        del self._on_over, self._on_notify, self._notify, self._deadlines, self._launch
+        on_over(self, exit)
 
     def _exit(self) -> Exit:
         status, usage, spent = self._status, self._usage, self._spent

@@ -101,7 +101,9 @@ class Output:
 
     def on_stream_drained(self) -> None:
         if self.drained:
-            self._on_drained()
+            on_drained = self._on_drained
+            del self._on_drained  # with what it knows: outputs outlive their children
+            on_drained()
 
     def _tell(self) -> None:
         if self._waiting:
@@ -204,7 +206,9 @@ class _Stream:
                 return
         if self.fd < 0:
             self.drained = True
-            self._output.on_stream_drained()
+            output = self._output
+            del self._output
+            output.on_stream_drained()
         elif not self._watched:
             self._watched = True
             self._loop.add_handler(self.fd, self._on_readable, Loop.READ)
