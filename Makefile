@@ -4,8 +4,10 @@
 .PHONY: demo test test-booted lint bench clean provision-demo provision-test provision-booted
 .NOTPARALLEL:
 
+# Measures how long work takes, so nothing runs beside it.
+ALONE := tests/hosts/test_scaling.py
 # Two workers a processor, since tests wait more than they compute.
-PYTEST := -m pytest -n $(shell expr 2 '*' $$(nproc)) --ignore=tests/systemd
+PYTEST := -m pytest -n $(shell expr 2 '*' $$(nproc)) --ignore=tests/systemd --ignore=$(ALONE)
 
 demo: .venv/installed
 	packaging/examples/demo
@@ -13,6 +15,7 @@ demo: .venv/installed
 test: lint .venv-floor/installed
 	.venv/bin/python $(PYTEST) --rabbitmq-of trixie
 	.venv-floor/bin/python $(PYTEST) --debian
+	.venv/bin/python -m pytest $(ALONE)
 	$(MAKE) --no-print-directory test-booted
 
 # The .deb on booted Debian 12 and 13, one process each. Needs root, and says so.

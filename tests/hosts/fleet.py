@@ -1,11 +1,13 @@
 """Fleet: several daemons that take from one queue and share a store, and what their jobs noted.
 
 A job notes its beginning and its end, and that it runs beside itself if it does: it holds a lock
-while it runs, which the kernel takes from it however it ends.
+while it runs, which the kernel takes from it however it ends. It costs two processes, since many
+of them run at once.
 """
 
 import contextlib
 import json
+import os
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,6 +18,7 @@ import pika
 import sqlalchemy as sa
 
 from tests.support.daemon import Taskd
+from tests.support.rabbitmq import Node
 from tests.support.servers import SharedStore
 from tests.support.waiting import wait_until
 
@@ -37,10 +40,11 @@ JOB = """#!/bin/bash -e
 exec 9> {directory}/locks/$TASKD_JOB_ID
 flock --nonblock 9 || echo "beside $TASKD_JOB_ID" >> {directory}/runs
 echo "begin $TASKD_JOB_ID $EPOCHREALTIME" >> {directory}/runs
-sleep "$1"
+read -rt "$1" <> {directory}/never || true
 echo "end $TASKD_JOB_ID $EPOCHREALTIME" >> {directory}/runs
 """
 NAME = "work"
+HOSTS = 3
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,7 @@ class Fleet:
         self.queue = queue
         self.name = f"{NAME}-{uuid.uuid4().hex[:8]}"  # at the broker
         (directory / "locks").mkdir()
+        os.mkfifo(directory / "never")
         job = directory / "job"
         job.write_text(JOB.format(directory=directory))
         job.chmod(0o755)
@@ -141,12 +146,17 @@ class Fleet:
         """How often each job noted `word`."""
         return Counter(run[1] for run in self.runs() if run[0] == word)
 
+    def times(self, word: str) -> dict[str, float]:
+        """When each job noted `word`, Unix time."""
+        return {run[1]: float(run[2]) for run in self.runs() if run[0] == word}
+
     def states(self) -> Counter[str]:
         rows = self.store.rows("SELECT state, count(*) AS n FROM jobs GROUP BY state")
         return Counter({row["state"]: row["n"] for row in rows})
 
     def until_all(self, state: str, count: int, limit: float) -> None:
-        wait_until(lambda: self.states()[state] == count, limit)
+        # A look is work for the server that is being measured.
+        wait_until(lambda: self.states()[state] == count, limit, pause=0.2)
 
     def until_settled(self, limit: float = 60) -> None:
         """Wait until no daemon has a message unanswered."""
@@ -157,3 +167,10 @@ class Fleet:
     @property
     def log(self) -> str:
         return "\n".join(f"--- {each.directory.name}\n{each.log}" for each in self.daemons)
+
+
+def messages(node: Node, vhost: str, name: str) -> int:
+    """How many there are in a queue, in its dead letters and in its retries."""
+    listing = node.ctl("list_queues", "--vhost", vhost, "name", "messages")
+    rows = [line.split() for line in listing.splitlines() if line.startswith(name)]
+    return sum(int(count) for _, count in rows)

@@ -5,13 +5,16 @@ import signal
 import pytest
 from sqlalchemy.engine import make_url
 
-from tests.hosts.fleet import Fleet, Way
+from tests.hosts.conftest import POSTGRESQL
+from tests.hosts.fleet import Fleet, Way, messages
 from tests.support.proxy import Proxy
 from tests.support.waiting import wait_until
 
 # Nobody is held for dead.
 LONG = "10min"
 SHORT = "3s"
+# What is between a daemon and RabbitMQ is the same whatever the store is.
+any_store = pytest.mark.parametrize("driver", [POSTGRESQL])
 
 
 @pytest.fixture
@@ -52,13 +55,6 @@ def attempts(store):
     return [(row["state"], row["reason"]) for row in rows]
 
 
-def waiting(rabbitmq, vhost, name):
-    """How many messages there are in a queue, its dead letters and its retries."""
-    listing = rabbitmq.ctl("list_queues", "--vhost", vhost, "name", "messages")
-    rows = [line.split() for line in listing.splitlines() if line.startswith(name)]
-    return sum(int(count) for _, count in rows)
-
-
 # Sharing
 
 
@@ -93,6 +89,7 @@ def test_a_stop_leaves_no_lease_behind(tmp_path, shared_store):
 # Connections lost
 
 
+@any_store
 def test_a_redelivered_job_that_a_live_daemon_runs_is_not_started_but_waits(
     tmp_path, shared_store, url, rabbitmq, vhost, proxies
 ):
@@ -104,12 +101,13 @@ def test_a_redelivered_job_that_a_live_daemon_runs_is_not_started_but_waits(
         wait_until(lambda: not other.ask("QUEUES")[0]["unacked"])
         assert fleet.ids("end")["long"] == 0
         fleet.until_all("succeeded", 1, 60)
-        wait_until(lambda: not waiting(rabbitmq, vhost, fleet.name))
+        wait_until(lambda: not messages(rabbitmq, vhost, fleet.name))
         assert fleet.ids("begin")["long"] == 1
         assert attempts(shared_store) == [("succeeded", None)]
         assert "job long: succeeded" in one.log
 
 
+@any_store
 def test_who_cannot_reach_the_store_keeps_what_the_broker_holds_for_it(
     tmp_path, shared_store, url, rabbitmq, vhost, proxies
 ):
@@ -122,11 +120,12 @@ def test_who_cannot_reach_the_store_keeps_what_the_broker_holds_for_it(
         assert shared_store.row("kept")["state"] == "running"
         proxies[0].thaw()
         fleet.until_all("succeeded", 1, 60)
-        wait_until(lambda: not waiting(rabbitmq, vhost, fleet.name))
+        wait_until(lambda: not messages(rabbitmq, vhost, fleet.name))
         assert fleet.ids("begin")["kept"] == 1
         assert attempts(shared_store) == [("succeeded", None)]
 
 
+@any_store
 def test_who_reaches_neither_store_nor_broker_ends_its_jobs_before_others_take_them(
     tmp_path, shared_store, url, rabbitmq, vhost, proxies
 ):
@@ -141,7 +140,7 @@ def test_who_reaches_neither_store_nor_broker_ends_its_jobs_before_others_take_t
         for each in proxies:
             each.thaw()
         wait_until(lambda: "job lost: another daemon has it by now" in one.log, 60)
-        wait_until(lambda: not waiting(rabbitmq, vhost, fleet.name))
+        wait_until(lambda: not messages(rabbitmq, vhost, fleet.name))
         assert fleet.ids("end") == {"lost": 1}
         assert not fleet.ids("beside")
         assert attempts(shared_store) == [("interrupted", "its daemon died"), ("succeeded", None)]
@@ -178,6 +177,7 @@ def test_what_a_dead_daemon_ran_is_run_by_the_other(tmp_path, shared_store):
         assert "1 of its jobs are queued again" in other.log
 
 
+@any_store
 def test_a_message_of_a_dead_daemon_waits_for_its_lease_and_is_run_by_the_other(
     tmp_path, shared_store, url, rabbitmq, vhost
 ):
@@ -188,4 +188,4 @@ def test_a_message_of_a_dead_daemon_waits_for_its_lease_and_is_run_by_the_other(
         fleet.until_all("succeeded", 1, 60)
         assert not fleet.ids("beside")
         assert attempts(shared_store) == [("interrupted", "its daemon died"), ("succeeded", None)]
-        wait_until(lambda: not waiting(rabbitmq, vhost, fleet.name))
+        wait_until(lambda: not messages(rabbitmq, vhost, fleet.name))

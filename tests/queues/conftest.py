@@ -6,7 +6,7 @@ import pytest
 
 from tests.queues.rabbit import Rabbit
 from tests.support.rabbitmq import Node
-from tests.support.servers import DRIVERS, SharedStore
+from tests.support.servers import DRIVERS, SharedStore, shared_server
 from tests.support.sharing import Meeting
 
 
@@ -24,5 +24,5 @@ def driver(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def shared_store(driver: str, meeting: Meeting) -> Iterator[SharedStore]:
-    with SharedStore(driver, meeting) as shared:
+    with SharedStore(driver, shared_server(meeting, driver)) as shared:
         yield shared

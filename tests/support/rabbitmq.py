@@ -309,9 +309,13 @@ def _greets(port: int) -> bool:
 
 @contextlib.contextmanager
 def running_server(
-    *, directory: Path | None = None, config: str = "", tls: Path | None = None
+    *,
+    directory: Path | None = None,
+    config: str = "",
+    tls: Path | None = None,
+    address: str | None = None,
 ) -> Iterator[RabbitServer]:
-    server = RabbitServer(directory=directory, config=config, tls=tls)
+    server = RabbitServer(directory=directory, config=config, tls=tls, address=address)
     try:
         yield server.start()
     finally:

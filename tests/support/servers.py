@@ -36,13 +36,18 @@ def make_server(driver: str, address: str = "127.0.0.1") -> Postgresql | Mariadb
     return Mariadb(address)
 
 
+def shared_server(meeting: Meeting, driver: str) -> str:
+    """The server of all who meet; it is not to be stopped."""
+    kind = driver.partition("+")[0]
+    return str(meeting.join(kind, partial(make_server, driver))["server"])
+
+
 class SharedStore:
     """A database of its own on a server, which many recorders may use."""
 
-    def __init__(self, driver: str, meeting: Meeting) -> None:
+    def __init__(self, driver: str, server: str) -> None:
+        """`server`: where it is, and who we are there, as a URL has it."""
         self.driver = driver
-        kind = driver.partition("+")[0]
-        server = meeting.join(kind, partial(make_server, driver))["server"]
         self.name = f"test_{os.getpid()}_{next(_numbers)}"
         home = "postgres" if self.postgresql else "mysql"
         self._admin = sa.create_engine(

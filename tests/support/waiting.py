@@ -9,11 +9,12 @@ T = TypeVar("T")
 PAUSE = 0.01
 
 
-def wait_until(condition: Callable[[], T], limit: float = 30.0) -> T:
-    """The first true value of `condition`; fails the test after `limit` seconds."""
+def wait_until(condition: Callable[[], T], limit: float = 30.0, *, pause: float = PAUSE) -> T:
+    """The first true value of `condition`, which is looked at with a `pause` between; fails the
+    test after `limit` seconds."""
     deadline = time.monotonic() + limit
     while not (value := condition()):
         if time.monotonic() > deadline:
             raise AssertionError(f"waited {limit} s in vain, the last value was {value!r}")
-        time.sleep(PAUSE)
+        time.sleep(pause)
     return value
