@@ -1,7 +1,7 @@
 # Two commands matter: `make demo` shows real work done, `make test` passes every test.
 # Each first installs what this machine lacks (.ci/provision, .ci/venv).
 
-.PHONY: demo test test-booted lint bench clean provision-demo provision-test provision-booted
+.PHONY: demo test test-booted soak lint bench clean provision-demo provision-test provision-booted
 .NOTPARALLEL:
 
 # Measures how long work takes, so nothing runs beside it.
@@ -21,6 +21,10 @@ test: lint .venv-floor/installed
 # The .deb on booted Debian 12 and 13, one process each. Needs root, and says so.
 test-booted: .venv/installed-test | provision-booted
 	.venv/bin/python -m pytest -n 2 tests/systemd
+
+# Ten minutes of jobs and faults; `make test` has one. SEED=... fires the same faults again.
+soak: .venv/installed-test
+	.venv/bin/python -m tests.faults.soak $(if $(SEED),--seed $(SEED))
 
 lint: .venv/installed-test
 	.venv/bin/ruff check
