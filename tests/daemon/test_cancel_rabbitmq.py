@@ -87,6 +87,7 @@ def test_running_and_waiting_jobs_of_a_task_are_cancelled_and_acknowledged(taskd
     for number in range(4):
         broker.publish({"task": "hold"}, message_id=f"job-{number}")
     wait_until(lambda: taskd.ask("QUEUES")[0]["waiting"] == 2)
+    wait_until(lambda: len(runs(taskd)) == 2)
     assert taskd.ask("CANCEL", "TASK", "hold")["cancelling"] == 4
     for number in range(4):
         taskd.until(f"job-{number}", "cancelled")

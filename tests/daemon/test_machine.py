@@ -14,6 +14,7 @@ from taskd.journal import MessageId
 from tests.conftest import cannot_run, needs
 from tests.support.daemon import Taskd
 from tests.support.datagrams import Receiver
+from tests.support.debian import APART
 from tests.support.frozen import frozen
 from tests.support.waiting import wait_until
 
@@ -54,9 +55,9 @@ def journaled(tmp_path, journal):
     """A daemon whose stderr leads to that journald."""
     if os.geteuid():
         cannot_run("only root may put a socket of its own in journald's place")
-    unshare = [needs("unshare"), "--mount", "--propagation", "private"]
+    needs("unshare")
     taskd = Taskd(tmp_path, CONFIG)
-    taskd.prefix = [*unshare, "/bin/sh", "-ec", JOURNALD, str(journal.path.parent)]
+    taskd.prefix = [*APART, "sh", "-ec", JOURNALD, str(journal.path.parent)]
     taskd.log_file.touch()
     stderr = taskd.log_file.stat()
     taskd.environ["JOURNAL_STREAM"] = f"{stderr.st_dev}:{stderr.st_ino}"

@@ -109,7 +109,8 @@ class Scene:
         self.taskd.environ.pop("TASKD_DIE_AT", None)
         if die_at is not None:
             self.taskd.environ["TASKD_DIE_AT"] = die_at
-        self.taskd.start()
+        # One that is to die may do so before anybody has seen it ready.
+        self.taskd.start(ready=up or die_at is None)
         if up:
             self.until_up()
 

@@ -77,6 +77,7 @@ class Taskd:
     def start(self, *, ready: bool = True) -> None:
         if self.notify is None:
             self.notify = Receiver(self.directory / "notify.sock")
+        self.notify.waiting()  # what an earlier daemon said
         self.told.clear()
         with self.log_file.open("ab") as log:
             self.process = subprocess.Popen(

@@ -4,6 +4,8 @@ import os
 import subprocess
 from pathlib import Path
 
+from tests.support.debian import APART
+
 
 class SmallDisk:
     """A tmpfs at a directory of its own, with too little room."""
@@ -53,5 +55,5 @@ def mount(*words: object) -> None:
 
 def may_mount() -> bool:
     """Root may not everywhere."""
-    probe = ["unshare", "--mount", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
+    probe = [*APART, "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
     return os.geteuid() == 0 and subprocess.run(probe, capture_output=True).returncode == 0
