@@ -12,7 +12,7 @@ import pytest
 
 from taskd.children.child import DRAIN_PATIENCE
 from taskd.kernel import cgroup
-from taskd.kernel.cgroup import Group, Groups, Usage
+from taskd.kernel.cgroup import Groups
 from taskd.states import ChildState
 from tests.conftest import needs
 from tests.support.cgroups import available, delegated_group, jobs_of, members
@@ -293,36 +293,3 @@ def test_close_leaves_no_process_and_no_group(delegated: Path) -> None:
 
 def test_a_group_without_a_mark_is_nobodys_to_divide() -> None:
     assert os.geteuid() or cgroup.delegated() is None
-
-
-# Against recorded files, where the machine lacks the controllers.
-
-
-@pytest.fixture
-def recorded(tmp_path: Path) -> Group:
-    """The files of a group as Linux 6.12 has them after a job of 100 MB lost two processes."""
-    files = {
-        "cpu.stat": "usage_usec 1234567\nuser_usec 1000000\nsystem_usec 234567\nnr_periods 0\n",
-        "memory.peak": "104857600\n",
-        "memory.events": "low 0\nhigh 12\nmax 31\noom 1\noom_kill 2\noom_group_kill 1\n",
-        "memory.max": "max\n",
-        "cgroup.events": "populated 0\nfrozen 0\n",
-    }
-    for name, text in files.items():
-        (tmp_path / name).write_text(text)
-    return Group(str(tmp_path))
-
-
-def test_usage_is_read_from_the_recorded_files(recorded: Group) -> None:
-    assert recorded.usage() == Usage(1.234567, 104857600, 2)
-
-
-def test_a_kernel_without_memory_peak_is_asked_for_the_rest(recorded: Group) -> None:
-    Path(recorded.path, "memory.peak").unlink()
-    assert recorded.usage() == Usage(1.234567, None, 2)
-
-
-def test_limits_are_written_and_what_is_refused_is_told(recorded: Group) -> None:
-    refused = recorded.limit({"memory.max": "2147483648", "pids.max": "10"})
-    assert Path(recorded.path, "memory.max").read_text() == "2147483648"
-    assert refused == {"pids.max": "No such file or directory"}
