@@ -52,6 +52,10 @@ class Postgresql:
         """As `pg_ctl stop -m fast`: sessions are ended, data is kept."""
         self._server.end(signal.SIGINT)
 
+    def crash(self) -> None:
+        """As `pg_ctl stop -m immediate`: nobody is told, and it has to recover when it starts."""
+        self._server.end(signal.SIGQUIT)
+
     def close(self) -> None:
         self._server.close()
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.engine import make_url
+from sqlalchemy.pool import NullPool
 
 from tests.conftest import cannot_run, needs
 from tests.support.mariadb import Mariadb
@@ -51,10 +51,14 @@ class SharedStore:
         self.name = f"test_{os.getpid()}_{next(_numbers)}"
         home = "postgres" if self.postgresql else "mysql"
         self._admin = sa.create_engine(
-            f"{driver}://{server}/{home}", isolation_level="AUTOCOMMIT", future=True
+            f"{driver}://{server}/{home}",
+            isolation_level="AUTOCOMMIT",
+            poolclass=NullPool,
+            future=True,
         )
         self.url = f"{driver}://{server}/{self.name}"
-        self.engine = sa.create_engine(self.url, future=True)
+        # A server that has been down in between is connected to anew.
+        self.engine = sa.create_engine(self.url, future=True, pool_pre_ping=True)
 
     @property
     def postgresql(self) -> bool:
@@ -70,7 +74,6 @@ class SharedStore:
         force = " WITH (FORCE)" if self.postgresql else ""
         with self._admin.connect() as connection:
             connection.exec_driver_sql(f"DROP DATABASE {self.name}{force}")
-        self._admin.dispose()
 
     def store(self, daemon_id: str = "me", **options: Any) -> Store:
         return Store(Path("/nonexistent"), url=self.url, daemon_id=daemon_id, **options)
@@ -94,12 +97,6 @@ class SharedStore:
         with self.engine.connect() as connection, connection.begin():
             connection.execute(sa.text("SELECT id FROM jobs WHERE id = :id FOR UPDATE"), {"id": id})
             yield
-
-
-def server_of(url: str) -> tuple[str, int]:
-    parsed = make_url(url)
-    assert parsed.host is not None and parsed.port is not None
-    return parsed.host, parsed.port
 
 
 def _plain(value: Any) -> Any:
