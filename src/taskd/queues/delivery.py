@@ -28,6 +28,7 @@ class Delivery:
     task: str | None = None  # as the message's properties give it; the body may name one too
     redelivered: bool = False
     returns: int = 0  # how often it came back unsettled, where the queue counts that
+    returns_max: int = RETURNS_MAX
     attempt: int = 0  # attempts that were made before, as the message says
     waited_for: str | None = None  # the daemon that had the job when it was deferred, if it was
     priority: int | None = None

@@ -7,7 +7,6 @@ from typing import Any
 from taskd.config.schema import Config
 from taskd.errors import StoreAway
 from taskd.kernel.loop import Loop
-from taskd.queues.delivery import RETURNS_MAX
 from taskd.states import JobPhase
 from taskd.store import leases, statements
 from taskd.store.recorder import Recorder
@@ -119,7 +118,7 @@ class Judge:
     def _judge_unrecorded(self, job: Job) -> None:
         returns = job.delivery.returns
         # Handing back counts as well, so it takes that much more to tell of deaths.
-        if returns >= self._crash_limit(job) + RETURNS_MAX:
+        if returns >= self._crash_limit(job) + job.delivery.returns_max:
             reason = f"it came back {returns} times and no attempt could ever be recorded"
             self._on_hopeless(job, reason)
             return

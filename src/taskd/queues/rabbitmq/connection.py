@@ -139,6 +139,11 @@ class Broker:
         return not self.up or self.connection._get_write_buffer_size() == 0
 
     @property
+    def version(self) -> str:
+        """The server's."""
+        return str((self.connection.server_properties or {}).get("version", ""))
+
+    @property
     def frame_max(self) -> int:
         return int(self.connection.params.frame_max)
 

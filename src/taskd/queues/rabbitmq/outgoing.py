@@ -22,7 +22,7 @@ REASON_MAX = 1024
 
 # RabbitMQ 4 drops a message after 20 returns if the queue does not say otherwise.
 _DELIVERY_LIMIT = 1_000_000
-DEAD_ARGUMENTS = {"x-queue-type": "quorum", "x-delivery-limit": _DELIVERY_LIMIT}
+QUORUM_ARGUMENTS = {"x-queue-type": "quorum", "x-delivery-limit": _DELIVERY_LIMIT}
 _CLASSIC_ARGUMENTS = {"x-max-priority": 10}
 
 _SHORTEST_DELAY = 0.1
@@ -55,7 +55,7 @@ def ladder(delay: float) -> int:
 
 
 def queue_arguments(queue: Queue) -> Mapping[str, Any]:
-    return _CLASSIC_ARGUMENTS if queue.type == "classic" else DEAD_ARGUMENTS
+    return _CLASSIC_ARGUMENTS if queue.type == "classic" else QUORUM_ARGUMENTS
 
 
 def retry_arguments(key: str, milliseconds: int) -> Mapping[str, Any]:

@@ -17,13 +17,14 @@ from taskd import points
 from taskd.config.schema import Queue
 from taskd.config.values import format_span
 from taskd.kernel.loop import Loop, Timer
-from taskd.queues.delivery import RETURNS_MAX, Delivery, Look, Message, OnCopied, OnSent
+from taskd.queues.delivery import Delivery, Look, Message, OnCopied, OnSent
 from taskd.queues.rabbitmq import incoming, outgoing
 from taskd.queues.rabbitmq.connection import Backoff, Broker
 from taskd.queues.rabbitmq.letters import Visit, Visits
 from taskd.queues.rabbitmq.placing import Copy, Placer
 from taskd.queues.rabbitmq.properties import Properties
 from taskd.queues.rabbitmq.publisher import NO_CHANNEL, NOT_FOUND, Refusal, refusal_of
+from taskd.queues.rabbitmq.returns import Returns
 from taskd.queues.rabbitmq.sending import Sender
 from taskd.queues.rabbitmq.silence import Silence
 from taskd.states import LinkState
@@ -73,6 +74,7 @@ class RabbitQueue:
         self._settling = 0  # settled by our owner, and not yet on their way to the broker
         self._sender = Sender(self._key, broker, loop)
         self._visits = Visits()
+        self._returns = Returns(self.name)
         self._placer = Placer(
             self.name, broker, loop, on_placed=self._on_placed, on_change=self._tell
         )
@@ -133,6 +135,7 @@ class RabbitQueue:
             "unacked": len(self._open),
             "settling": self._settling,
             "unplaced": len(self._placer.stuck),
+            "delivery_limit": self._returns.limit,
         }
 
     def drained(self) -> bool:
@@ -147,15 +150,24 @@ class RabbitQueue:
     def _on_looked(self, refusal: Refusal | None) -> None:
         if self._state is LinkState.CLOSED:
             return
-        if refusal is None:
+        if refusal is None and self._queue.declare and not self._returns.known:
+            quorum = outgoing.QUORUM_ARGUMENTS
+            self._broker.declarer.declare(self._key, quorum, self._on_limit)
+        elif refusal is None:
             self._open_channel()
         elif refusal.code != NOT_FOUND:
             self._fail(str(refusal))
         elif self._queue.declare:
+            self._returns.known = False
             arguments = outgoing.queue_arguments(self._queue)
             self._broker.declarer.declare(self._key, arguments, self._on_declared)
         else:
             self._fail("the queue does not exist, and `declare = no` leaves it to others")
+
+    def _on_limit(self, refusal: Refusal | None) -> None:
+        if self._state is not LinkState.CLOSED:
+            self._returns.learn(refusal, self._broker.version)
+            self._open_channel()
 
     def _on_declared(self, refusal: Refusal | None) -> None:
         if self._state is LinkState.CLOSED:
@@ -275,7 +287,8 @@ class RabbitQueue:
         if not broker.up:
             return broker.state, broker.reason
         stuck = next(iter(self._placer.stuck.values()), "")
-        return self._state, self._reason or broker.blocked or stuck
+        reason = self._reason or broker.blocked or stuck
+        return self._state, reason or self._returns.worn(self._open.values())
 
     def _tell(self) -> None:
         now = self._compose()
@@ -289,6 +302,8 @@ class RabbitQueue:
         delivery = incoming.delivery(self, method, properties, body)
         self._came = method.delivery_tag
         self._open[self._came] = delivery
+        if delivery.returns:
+            self._returns.on_delivery(delivery)
         self._on_delivery(delivery)
 
     # Settlements
@@ -329,13 +344,13 @@ class RabbitQueue:
             exchange, key = self._queue.dead_letter or ("", f"{self._key}.dead")
             missing = None
             if self._queue.dead_letter is None and self._queue.declare:
-                missing = outgoing.DEAD_ARGUMENTS
+                missing = outgoing.QUORUM_ARGUMENTS
             self._placer.place(Copy(delivery, exchange, key, properties, if_missing=missing))
 
     def back(self, delivery: Delivery, *, id: str | None = None, then: OnCopied = None) -> None:
         if not self._settle(delivery):
             return
-        if delivery.returns >= RETURNS_MAX or id is not None:
+        if delivery.returns >= self._returns.most or id is not None:
             properties = outgoing.for_return(delivery.token[1], delivery.attempt, id)
             self._placer.place(Copy(delivery, "", self._key, properties, then=then))
         else:

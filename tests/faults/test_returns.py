@@ -1,0 +1,44 @@
+"""A queue that others made drops what comes back too often: nothing of ours drives it there."""
+
+import pytest
+
+from tests.faults.scene import CONFIG, scene
+from tests.support.waiting import wait_until
+
+# One runs, and all others wait in the daemon's hands.
+ONE_SLOT = CONFIG.replace(
+    "command = @dir@/hold\nmax_running = 16", "command = @dir@/hold\nmax_running = 1"
+)
+LIMIT = 4
+
+
+@pytest.fixture
+def it(tmp_path, url):
+    with scene(tmp_path, url, ONE_SLOT) as it:
+        assert it.taskd.ask("QUEUES")[0]["delivery_limit"] is None  # taskd's own has none
+        it.taskd.stop()
+        it.channel.queue_delete(it.name)
+        arguments = {"x-queue-type": "quorum", "x-delivery-limit": LIMIT}
+        it.channel.queue_declare(it.name, durable=True, arguments=arguments)
+        it.start()
+        yield it
+
+
+def test_a_message_that_is_handed_back_again_and_again_is_not_lost(it):
+    assert it.taskd.ask("QUEUES")[0]["delivery_limit"] == LIMIT
+    it.publish({"task": "hold"}, message_id="runs")
+    it.begun(1)
+    it.publish({"task": "hold"}, message_id="waits")
+    notes = set()
+    for _ in range(3 * LIMIT):
+        wait_until(lambda: it.taskd.ask("QUEUES")[0]["waiting"] == 1)
+        notes.add(it.taskd.ask("QUEUES")[0]["reason"])
+        it.taskd.ask("PAUSE", "work")
+        wait_until(lambda: it.depth() == 1)
+        it.taskd.ask("RESUME", "work")
+    it.go()
+    it.until_ended(2)
+    said = f"a message has come back 2 times, and RabbitMQ drops it after {LIMIT}"
+    assert notes == {"", said}
+    assert it.taskd.log.count(said) == 1
+    it.assert_whole(runs="succeeded", waits="succeeded")
