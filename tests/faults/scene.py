@@ -158,11 +158,15 @@ class Scene:
         return channel
 
     def hang_up(self) -> None:
+        if self._connection is not None and self._connection.is_open:
+            self._connection.close()
+
+    def leave(self) -> None:
         """Leave nothing at the broker, which others look at too."""
         if self._connection is not None and self._connection.is_open:
             for suffix in ("", ".dead"):
                 self.channel.queue_delete(self.name + suffix)
-            self._connection.close()
+        self.hang_up()
 
     def publish(self, body: object, **properties: Any) -> None:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -255,4 +259,4 @@ def scene(
         yield it
     finally:
         it.taskd.__exit__()
-        it.hang_up()
+        it.leave()
