@@ -160,13 +160,13 @@ def beside_bare(url: str, count: int, *, named: bool = False) -> float:
 def beside_no_groups(url: str, count: int) -> float:
     """One round: the rate with a cgroup for each job, as a ratio to that without."""
     fill(url, count, named=False)
-    without, _, _ = taskd(url, count)
+    without, before, _ = taskd(url, count)
     fill(url, count, named=False)
     with cgroups.delegated_group() as group:
         rate, processor, _ = taskd(url, count, *cgroups.entering(group))
     print(
         f"without {without:7.0f}/s   cgroups {rate:7.0f}/s   ratio {rate / without:.2f}   "
-        f"processor {processor * 1e6:.0f} us a job",
+        f"processor {before * 1e6:.0f} and {processor * 1e6:.0f} us a job",
         flush=True,
     )
     return rate / without

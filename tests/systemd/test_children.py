@@ -175,8 +175,8 @@ def test_a_restart_leaves_no_group_of_before(taskd: Taskd) -> None:
     taskd.until(taskd.submit("wait", id="w", file=taskd.file()), "running")
     taskd.machine.sh(f"systemctl kill --kill-who=main --signal=KILL {SERVICE}")
     taskd.until_restarted()
-    taskd.until("w", "running")
-    assert jobs(taskd) == ["job-w.2"]
+    # The row says "running" of the first attempt, too, until that is cleared up.
+    wait_until(lambda: jobs(taskd) == ["job-w.2"], 60)
 
 
 def test_a_taskd_of_root_runs_jobs_as_others_who_can_speak(taskd: Taskd) -> None:

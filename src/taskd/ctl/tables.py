@@ -146,6 +146,11 @@ def age(name: str) -> Callable[[Row], str]:
     return show
 
 
+def cost(name: str, show: Callable[[Any], str]) -> Callable[[Row], str]:
+    """What an attempt took of something, if that is known."""
+    return lambda row: "" if row.get(name) is None else show(row[name])
+
+
 def took(row: Row) -> str:
     """How long the last attempt ran, or runs."""
     start, end = parse_time(row.get("started_at")), parse_time(row.get("finished_at"))
@@ -212,7 +217,10 @@ _ATTEMPTS = (
     Column("ATTEMPT", field("attempt"), right=True),
     Column("STATE", field("state"), styled=True),
     Column("AGE", age("started_at"), right=True),
+    Column("WAITED", cost("waited_seconds", span), right=True, spare=3),
     Column("TOOK", took, right=True),
+    Column("CPU", cost("cpu_seconds", span), right=True, spare=2),
+    Column("MEMORY", cost("memory_peak", size), right=True, spare=2),
     Column("HOST", field("host"), spare=1),
     Column("NOTE", note),
 )

@@ -126,7 +126,8 @@ class Group:
         return refused
 
     def usage(self) -> Usage:
-        cpu = _facts(f"{self.path}/cpu.stat").get("usage_usec", 0) / 1e6
+        # "usage_usec N" is its first line, and the others are of no use here.
+        cpu = int(_read(f"{self.path}/cpu.stat").partition("\n")[0].partition(" ")[2] or 0) / 1e6
         if not self._accounted:
             return Usage(cpu, None, 0)
         peak = _read(f"{self.path}/memory.peak").strip()
