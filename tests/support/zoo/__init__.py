@@ -14,7 +14,7 @@ HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Animal:
-    """`ends` is the state of its job, and a pattern of the reason."""
+    """`ends` are patterns of the state of its job and of the reason."""
 
     name: str
     ends: tuple[str, str]
@@ -25,7 +25,8 @@ def animals(controllers: Iterable[str]) -> list[Animal]:
     """All there are, as they fare where cgroups have these controllers."""
     eaten = ("failed", "out-of-memory") if "memory" in controllers else ("succeeded", "None")
     return [
-        Animal("bomb", ("failed", "exit 3")),
+        Animal("bomb", ("failed", "exit 3"), ("pids_max = 30",)),
+        Animal("horde", ("succeeded|failed", "None|exit 2"), ("user = games", "limit_nproc = 40")),
         Animal("daemon", ("succeeded", "None")),
         Animal("deaf", ("failed", "timeout after 400ms"), ("timeout = 400ms",)),
         Animal("stopper", ("failed", "timeout after 400ms"), ("timeout = 400ms",)),
@@ -35,6 +36,7 @@ def animals(controllers: Iterable[str]) -> list[Animal]:
         Animal("forger", ("succeeded", "None")),
         Animal("leaker", ("succeeded", "None")),
         Animal("headless", ("failed", ".*headless: .*")),
+        Animal("hopless", ("failed", "exit 127"), ("nice = 5",)),
     ]
 
 
@@ -43,10 +45,15 @@ def sections(zoo: Iterable[Animal], directory: Path) -> str:
     headless = directory / "headless"
     headless.write_text("#!/nonexistent/interpreter\n")  # it is found at load, and has no exec
     headless.chmod(0o755)
+    commands = {
+        "horde": "/bin/sh -c 'b() {{ b | b & }}; b 2>/dev/null'",  # as old as fork itself
+        "headless": str(headless),
+        "hopless": str(headless),  # what would become it finds that out
+    }
     text = ""
     for animal in zoo:
-        script = HERE / f"{animal.name}.py"
-        command = f"{sys.executable} -IS {script}" if script.exists() else str(headless)
+        script = f"{sys.executable} -IS {HERE / animal.name}.py"
+        command = commands.get(animal.name, script)
         text += f"[task:{animal.name}]\ncommand = {command}\nstop_timeout = 200ms\n"
         text += "max_running = 12\n" + "".join(f"{option}\n" for option in animal.options)
     return text
