@@ -11,10 +11,11 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from taskd.states import JobState
 from taskd.store.batch import Row, Write
 from taskd.store.schema import cleaned, jobs
 
-_LOOKED_AT = (jobs.c.id, jobs.c.claimed_by, jobs.c.attempt, jobs.c.finished_at)
+_LOOKED_AT = (jobs.c.id, jobs.c.claimed_by, jobs.c.attempt, jobs.c.finished_at, jobs.c.state)
 
 
 def divide(
@@ -65,5 +66,9 @@ def _may(
         # that commit, it is here for the second time.
         ended = whole.get("finished_at")
         return ended is not None and ended == row["finished_at"]
-    # Free, but another daemon may have made this very attempt since we looked.
-    return write.attempt is None or write.attempt["attempt"] > row["attempt"]
+    if write.attempt is None:
+        return True
+    # Free, but since we looked another daemon may have made this very attempt, or somebody may
+    # have cancelled the job there.
+    cancelled = row["state"] == JobState.CANCELLED and not write.revives
+    return write.attempt["attempt"] > row["attempt"] and not cancelled

@@ -52,6 +52,7 @@ class Job:
         "queue",
         "result",
         "retries",
+        "revived",
         "started",
         "started_at",
         "status",
@@ -72,6 +73,7 @@ class Job:
         # Acknowledged early: `delivery` is the store's then, and `asker` the one that came.
         self.kept = False
         self.asker = delivery
+        self.revived = False  # it had ended, and a new message with its id begins it again
         self.known = False  # whether the store has a row of it
         self.attempt = 0  # the latest attempt, from 1; 0 before the first
         self.retries = 0  # how many of the task's retries are used up

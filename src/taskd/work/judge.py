@@ -154,6 +154,7 @@ class Judge:
             self._settling.name(job)
         if row["state"] not in UNFINISHED:
             job.retries = job.crashes = 0  # a new message with a used id starts afresh
+            job.revived = True
         if job.crashes and job.crashes >= self._crash_limit(job):
             self._on_hopeless(job, f"the daemon died in {job.crashes} of its attempts")
         else:

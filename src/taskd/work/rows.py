@@ -60,6 +60,7 @@ class Rows:
             {**self._attempt(job), "state": AttemptState.RUNNING},
             new=not job.known,
             ours=job.child is not None,
+            revives=job.revived,
         )
 
     def ended(self, job: Job) -> Write:
