@@ -8,8 +8,7 @@ from pathlib import Path
 from tests.support.process import Process, free_port
 
 BIN = "/usr/lib/postgresql/*/bin"
-# What a crash of the machine would cost is of no interest here.
-OPTIONS = {"fsync": "off", "max_connections": "60", "log_min_messages": "fatal"}
+OPTIONS = {"max_connections": "60", "log_min_messages": "fatal"}
 
 
 def binaries() -> str | None:
@@ -19,11 +18,13 @@ def binaries() -> str | None:
 
 
 class Postgresql:
-    def __init__(self, address: str = "127.0.0.1") -> None:
+    def __init__(self, address: str = "127.0.0.1", *, durable: bool = False) -> None:
+        """`durable`: whether a commit survives a crash of the machine, as it does by default."""
         here = binaries()
         assert here is not None
         self._bin = here
         self._address = address
+        self._options = OPTIONS | {"fsync": "on" if durable else "off"}
         self._port = free_port(address)
         self._server = Process("postgresql")
 
@@ -43,7 +44,7 @@ class Postgresql:
                 access.write("host all all 0.0.0.0/0 trust\n")
         argv = [f"{self._bin}/postgres", "-D", str(data), "-p", str(self._port)]
         argv += ["-h", self._address, "-k", str(self._server.directory)]
-        for name, value in OPTIONS.items():
+        for name, value in self._options.items():
             argv += ["-c", f"{name}={value}"]
         self._server.spawn(argv, self._answers)
         return self

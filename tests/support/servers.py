@@ -78,6 +78,9 @@ class SharedStore:
     def store(self, daemon_id: str = "me", **options: Any) -> Store:
         return Store(Path("/nonexistent"), url=self.url, daemon_id=daemon_id, **options)
 
+    def has(self, table: str) -> bool:
+        return sa.inspect(self.engine).has_table(table)
+
     def rows(self, sql: str, **values: Any) -> list[dict[str, Any]]:
         with self.engine.begin() as connection:
             found = connection.execute(sa.text(sql), values).mappings()
