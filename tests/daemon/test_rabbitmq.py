@@ -396,10 +396,11 @@ def test_submit_over_the_control_socket_goes_through_the_broker(taskd, broker):
     wait_until(lambda: taskd.job(id)["attempt"] == 3 and taskd.job(id)["state"] != "running")
 
 
-def test_an_idle_daemon_does_nothing_but_its_heartbeat(taskd, broker):
+def test_an_idle_daemon_does_nothing_but_its_heartbeat_and_its_look(taskd, broker):
     broker.publish({"id": "7f3a", "task": "ok"})
     taskd.until("7f3a", "succeeded")
     until_settled(taskd)
     calls = system_calls(taskd.pid, taskd.directory / "strace", seconds=10)
-    # Two threads wait; a heartbeat, each way once in half a minute, is a few calls.
+    # Two threads wait; a heartbeat, each way once in half a minute, is a few calls, and so is the
+    # look whether messages wait, every 15 s.
     assert len(calls) <= 2 + 20, "\n".join(calls)

@@ -146,7 +146,10 @@ class Accounts:
         return any(end > after and begin < before for begin, end in self.deaths)
 
     def _ended_after(self, run: Run) -> bool:
-        """Whether the daemon ended before it could have recorded the end of this run."""
+        """Whether the daemon ended before it could have recorded the end of this run.
+
+        Whoever kills the children of a daemon that died may come a moment after its death.
+        """
         assert run.ended is not None
         ends = [*self.deaths, *self.stops]
-        return any(end > run.ended and begin < run.ended + JUST for begin, end in ends)
+        return any(end > run.begun and begin < run.ended + JUST for begin, end in ends)

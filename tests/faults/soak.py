@@ -41,7 +41,7 @@ task = act
 [task:act]
 command = @dir@/act {kind} {seconds}
 max_running = 24
-timeout = 20s
+timeout = 2min
 stop_timeout = 1s
 retries = 1
 retry_delay = 200ms
@@ -70,11 +70,13 @@ esac
 say end $code
 exit $code
 """
-# Of a hundred jobs; the rest succeed.
-KINDS = {"fail": 10, "second": 10, "later": 8, "hang": 2, "long": 4, "nothing": 5}
-LONG = 8.0  # seconds, and longer than the broker waits for an acknowledgement
-CONSUMER_TIMEOUT = 5.0
-AFTERWARDS = 180.0
+# Of a thousand jobs; the rest succeed.
+KINDS = {"fail": 100, "second": 100, "later": 80, "hang": 20, "long": 2, "nothing": 50}
+# Longer than the broker waits for an acknowledgement, which is more than half a minute: where a
+# channel never holds that long, the pauses between new ones grow to it.
+LONG = 40.0
+CONSUMER_TIMEOUT = 35.0
+AFTERWARDS = 300.0
 
 
 class Producer:
@@ -98,7 +100,7 @@ class Producer:
     def _run(self) -> None:
         begun = time.monotonic()
         kinds = [kind for kind, count in KINDS.items() for _ in range(count)]
-        kinds += ["succeed"] * (100 - len(kinds))
+        kinds += ["succeed"] * (1000 - len(kinds))
         for number in range(self._jobs):
             kind = self._random.choice(kinds)
             id = f"{kind}-{number}"
