@@ -282,3 +282,18 @@ def test_a_hundred_children_at_once_each_end_once_and_leave_nothing(tmp_path: Pa
         nursery.until(lambda: set(descendants(os.getpid())) <= below)
         assert list(tmp_path.iterdir()) == []
     assert descriptors() == before
+
+
+@pytest.mark.parametrize("may", [False, True])
+def test_what_stays_in_the_process_group_is_killed_unless_it_may_stay(
+    nursery: Nursery, may: bool
+) -> None:
+    run = nursery.shell(
+        "sleep 1000 </dev/null >/dev/null 2>&1 & echo $!; exit 0", leave_children=may
+    )
+    nursery.finish(run)
+    (left,) = said(run)
+    if may:
+        assert alive(left)
+        os.kill(left, signal.SIGKILL)
+    nursery.until(lambda: not alive(left))

@@ -12,21 +12,27 @@ from taskd.states import ChildState
 from tests.support.children import Nursery
 
 # Sends each line of a pipe as a datagram, and then says so. It prints which signals it got, and
-# ends by those in its arguments alone.
+# ends by those in its arguments alone. It waits for signals: a handler of Python's is called late
+# if the signal comes just before a system call that lasts.
 SPEAKER = """
-import os, signal, socket, sys
-def on_signal(number, frame):
-    print(signal.Signals(number).name, flush=True)
-    if signal.Signals(number).name in sys.argv:
+import os, signal, socket, sys, threading
+def say(line):
+    os.write(1, line.encode() + b"\\n")
+def speak():
+    sender = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    sender.connect(os.environ["NOTIFY_SOCKET"])
+    say("begun")
+    for line in open(sys.argv[1]):
+        sender.send(line.strip().encode())
+        say(line.strip())
+awaited = {signal.SIGABRT, signal.SIGTERM}
+signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
+threading.Thread(target=speak, daemon=True).start()
+while True:
+    name = signal.Signals(signal.sigwait(awaited)).name
+    say(name)
+    if name in sys.argv:
         os._exit(3)
-signal.signal(signal.SIGABRT, on_signal)
-signal.signal(signal.SIGTERM, on_signal)
-sender = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-sender.connect(os.environ["NOTIFY_SOCKET"])
-print("begun", flush=True)
-for line in open(sys.argv[1]):
-    sender.send(line.strip().encode())
-    print(line.strip(), flush=True)
 """
 
 
