@@ -60,6 +60,7 @@ while ! test -e {{directory}}/go; do sleep 0.05; done
 ACT = f"""{BEGIN}
 case $1 in
     fail) exit 3 ;;
+    slow) sleep 0.2 ;;
     assassin) kill -KILL $PPID; sleep 600 ;;
 esac
 {END}"""
@@ -227,8 +228,9 @@ class Scene:
         attempts = {(row["job_id"], row["attempt"]): row["state"] for row in recorded}
         again = {key: count - 1 for key, count in begun.items() if count > 1}
         assert sum(again.values()) <= deaths, again
-        # An attempt may be recorded whose child never came to write; never the other way round.
-        assert set(begun) <= set(attempts), (begun, attempts)
+        # An attempt may be recorded whose child never came to write; never the other way round,
+        # but for a message without an id: it is made again as another job.
+        assert len(set(begun) - set(attempts)) <= deaths, (begun, attempts)
         succeeded = {key for key, state in attempts.items() if state == "succeeded"}
         assert succeeded <= ended, (succeeded, ended)
         assert "running" not in attempts.values()

@@ -1,9 +1,15 @@
 """The daemon dies: SIGKILL at each point of a message's path, and by the hand of its own jobs."""
 
+import random
+import time
+
 import pytest
 
 from tests.faults.scene import CONFIG, EMBEDDED, scene
 from tests.support.waiting import wait_until
+
+DEATHS = 6
+SLOTS = 16
 
 
 @pytest.mark.parametrize(
@@ -57,6 +63,27 @@ def test_a_job_that_ran_when_the_daemon_died_is_a_second_attempt(tmp_path, url, 
         it.assert_whole(**dict.fromkeys(ids, "succeeded"))
 
 
+def test_a_message_without_an_id_keeps_its_job_when_it_is_handed_back(tmp_path, url):
+    with scene(tmp_path, url) as it:
+        for _ in range(2):
+            it.publish({"task": "hold"})
+        it.begun(2)
+        wait_until(lambda: len(it.taskd.rows()) == 2)
+        it.taskd.kill()
+        text = it.taskd.config.read_text()
+        it.taskd.config.write_text(text.replace("hold\nmax_running = 16", "hold\nmax_running = 1"))
+        it.start()
+        wait_until(lambda: it.taskd.ask("QUEUES")[0]["waiting"] == 1)
+        it.taskd.ask("PAUSE", "work")
+        wait_until(lambda: it.depth() == 1)
+        it.taskd.ask("RESUME", "work")
+        wait_until(lambda: it.taskd.ask("QUEUES")[0]["waiting"] == 1)
+        it.go()
+        it.until_ended(2)
+        it.assert_whole(**{row["id"]: "succeeded" for row in it.taskd.rows()})
+        assert len(it.taskd.rows()) == 2
+
+
 @pytest.mark.parametrize(("kind", "state"), [("succeed", "succeeded"), ("fail", "failed")])
 def test_an_outcome_that_was_recorded_before_the_death_is_settled_and_not_run_again(
     tmp_path, url, kind, state
@@ -104,6 +131,51 @@ def test_a_retry_is_made_once_wherever_the_daemon_died(tmp_path, url, die_at, na
         # The second of a retry is recognised; a second dead letter is harmless.
         letters = [letter[0].message_id for letter in it.take(".dead")]
         assert letters in ([row["id"]], [row["id"]] * 2)
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["with-ids", "without-ids"])
+def test_deaths_at_random_moments_lose_and_double_nothing(tmp_path, url, named, record_property):
+    seed = random.randrange(2**32)
+    record_property("told", f"deaths at random moments: seed {seed}")
+    dice = random.Random(seed)
+    kinds = {f"job-{n}": dice.choice(["succeed", "slow", "slow", "fail"]) for n in range(60)}
+    begun = "SELECT job_id, attempt FROM attempts WHERE state = 'running'"
+    over = "SELECT id FROM jobs WHERE state IN ('succeeded', 'failed')"
+    cut: set[tuple[str, int]] = set()
+    recorded: dict[str, int] = {}  # how often each job had begun when its outcome was recorded
+    with scene(tmp_path, url, settings="crash_limit = 100") as it:
+        for id, kind in kinds.items():
+            it.publish({"task": "act", "kind": kind}, **({"message_id": id} if named else {}))
+        for _ in range(DEATHS):
+            moment = time.monotonic() + dice.uniform(0, 0.5)
+            wait_until(lambda moment=moment: time.monotonic() > moment)
+            it.taskd.kill()
+            cut |= {(row["job_id"], row["attempt"]) for row in it.taskd.rows(begun)}
+            runs = it.counted("begin")
+            for row in it.taskd.rows(over):
+                recorded.setdefault(row["id"], runs[row["id"]])
+            it.start()
+        it.until_ended(len(kinds))
+        wait_until(lambda: it.taskd.ask("QUEUES")[0]["unacked"] == 0 and it.depth() == 0)
+        unfinished = "SELECT id FROM jobs WHERE state NOT IN ('succeeded', 'failed')"
+        wait_until(lambda: not it.taskd.rows(unfinished))
+        # A job recorded as done is not run again, whenever its message came back.
+        runs = it.counted("begin")
+        assert {id: runs[id] for id in recorded} == recorded
+        # One that ran is a second attempt, and the first one says so.
+        states = {
+            (row["job_id"], row["attempt"]): row["state"]
+            for row in it.taskd.rows("SELECT * FROM attempts")
+        }
+        assert {states[key] for key in cut} <= {"interrupted"}
+        rows = {row["id"]: row["state"] for row in it.taskd.rows()}
+        if named:
+            outcomes = {"fail": "failed"}
+            assert rows == {id: outcomes.get(kind, "succeeded") for id, kind in kinds.items()}
+        else:
+            # Recorded and not yet acknowledged, it cannot be told from an equal message.
+            assert len(kinds) <= len(rows) <= len(kinds) + DEATHS * SLOTS
+        it.assert_whole(**rows, deaths=DEATHS * SLOTS)
 
 
 def test_a_message_that_kills_the_daemon_is_a_dead_letter_after_three_attempts(tmp_path, url):

@@ -57,7 +57,8 @@ class Letter:
 Look = Callable[[Letter], int | None]
 # A letter is safe in its queue and no letter any more; or why it could not be.
 OnSent = Callable[[Letter, str | None], None]
-OnCopied = Callable[[], None] | None
+# Told what settles the original of a copy; whoever is told calls that.
+OnCopied = Callable[[Callable[[], None]], None] | None
 
 
 @dataclass(frozen=True, slots=True)

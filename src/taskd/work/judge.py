@@ -96,21 +96,27 @@ class Judge:
 
     def _on_unfinished(self, job: Job, rows: list[statements.Row] | StoreAway) -> None:
         """A message without an id came back: it goes on with the row of a job like it, if the
-        daemon died in that one or a stop ended it. Where several are equal each takes one."""
+        daemon died in that one or before its copy was safe. Where several are equal each takes
+        one, and no two the same."""
         if job.phase is not JobPhase.JUDGING:
             return
         if isinstance(rows, StoreAway):
             self._on_unknown(job)
             return
-        for row in rows:
-            other = self._jobs.get(row["id"])
-            if other is None:
+        held = self._settling.held
+        free = [row for row in rows if row["id"] not in held]
+        for row in free:
+            if row["id"] not in self._jobs:
                 del self._jobs[job.id]
                 job.id = row["id"]
                 self._jobs[job.id] = job
+                held[job.id] = job.queue
                 self._judge(job, row)
                 return
+        for row in free:
+            other = self._jobs[row["id"]]
             if other.named:  # its copy, which has the id, was quicker
+                held[other.id] = job.queue
                 self._on_twin(job, other)
                 return
         self._judge_unrecorded(job)

@@ -120,6 +120,7 @@ class Pool:
 
     def forget_lost(self, queue: str) -> None:
         """Deliveries of `queue` were lost: what has not started will come again by itself."""
+        self._settling.forget_lost(queue)
         for job in [job for job in self.jobs.values() if job.queue == queue and job.delivery.lost]:
             if job.phase in (JobPhase.JUDGING, JobPhase.WAITING):
                 self._return(job)  # for its twins' sake; the lost delivery is beyond that
@@ -134,7 +135,7 @@ class Pool:
                 self._return(job)
 
     def _return(self, job: Job) -> None:
-        self._drop(job)
+        self._unjudge(job)
         for delivery in (job.delivery, *job.twins):
             delivery.source.back(delivery)
 
@@ -218,7 +219,7 @@ class Pool:
         """Another daemon was first: the message is judged anew, a claim is not ours any more."""
         if job.phase is not JobPhase.STARTING:
             return
-        self._drop(job)
+        self._unjudge(job)
         self._free(job)
         for delivery in job.delivery, *job.twins:
             if delivery.row is not None:
@@ -314,6 +315,11 @@ class Pool:
             del self.jobs[job.id]
         self.on_settled()
 
+    def _unjudge(self, job: Job) -> None:
+        """Forget a job whose message will be judged again."""
+        self._settling.held.pop(job.id, None)
+        self._drop(job)
+
     def _write(
         self,
         job: Job,
@@ -394,7 +400,7 @@ class Pool:
             if job.queue not in config.queues:
                 self._return(job)
                 continue
-            self._drop(job)
+            self._unjudge(job)
             for delivery in (job.delivery, *job.twins):
                 self.take(delivery)
         self._fill_soon()

@@ -3,7 +3,7 @@
 A lost delivery is beyond an answer; its message comes again, and is answered then.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,8 @@ class Settling:
     """Owned by the pool."""
 
     def __init__(self, recorder: Recorder, rows: Rows) -> None:
+        # By id, and with their queues, the jobs of messages without one that have theirs here.
+        self.held: dict[str, str] = {}
         self._recorder = recorder
         self._rows = rows
 
@@ -34,12 +36,15 @@ class Settling:
                 source.back(delivery)
             case JobState.QUEUED:
                 # The message has no id of its own, and takes the job's along.
+                self.held[job.id] = job.queue
                 source.back(delivery, id=job.id, then=partial(self.name, job))
             case JobState.FAILED:
                 reason = outcome.reason or "failed"
                 source.dead(delivery, id=job.id, attempt=job.attempt, reason=reason)
             case _:
                 source.done(delivery)
+        if outcome.job in FINAL:
+            self.held.pop(job.id, None)
         asker = job.asker if job.kept else delivery
         if asker.reply_to and outcome.job in FINAL:
             asker.source.reply(asker, self._rows.reply(job))
@@ -67,13 +72,29 @@ class Settling:
         for twin in job.twins:
             twin.source.done(twin)
 
-    def name(self, job: Job) -> None:
-        """The job's message has an id from now on, and is not to be found by what is in it."""
-        self._recorder.write(self._rows.named(job))
+    def name(self, job: Job, settle: Callable[[], None] | None = None) -> None:
+        """The job's message has an id from now on, and is not to be found by what is in it.
+
+        The original goes when that is durable. Otherwise, after a death, an equal message could
+        be taken for it, and would be lost.
+        """
+
+        def on_durable() -> None:
+            self.held.pop(job.id, None)
+            if settle is not None:
+                settle()
+
+        self._recorder.write(self._rows.named(job), on_durable)
+
+    def forget_lost(self, queue: str) -> None:
+        """The deliveries of a queue were lost: its messages come again."""
+        self.held = {id: its for id, its in self.held.items() if its != queue}
 
     def _retry(self, job: Job, delay: float) -> None:
-        then = None if job.named else partial(self.name, job)
-        source = job.delivery.source
+        source, then = job.delivery.source, None
+        if not job.named:
+            self.held[job.id] = job.queue
+            then = partial(self.name, job)
         source.retry(job.delivery, id=job.id, attempt=job.attempt, delay=delay, then=then)
 
     def _reply_again(self, delivery: Delivery, row: Mapping[str, Any]) -> None:

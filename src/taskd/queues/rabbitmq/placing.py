@@ -100,14 +100,19 @@ class Placer:
                 log.info("queue %s: a message was put on %s at last", self._name, copy.target)
             points.reach("after publish")
             if copy.then is not None:
-                copy.then()
-            self._on_placed(copy.original)
+                copy.then(partial(self._settle, copy))
+            else:
+                self._settle(copy)
             self._on_change()
         elif refusal.code == NO_ROUTE and copy.if_missing is not None and not copy.declared:
             copy.declared = True
             self._declare(copy, copy.if_missing)
         else:
             self._keep(copy, refusal)
+
+    def _settle(self, copy: Copy) -> None:
+        if not copy.original.lost:
+            self._on_placed(copy.original)
 
     def _keep(self, copy: Copy, refusal: Refusal) -> None:
         if copy.backoff is None:
