@@ -128,7 +128,7 @@ class Fleet:
         else:
             self.publish(bodies.items())
 
-    def publish(self, messages: Iterable[tuple[str, bytes]]) -> None:
+    def publish(self, messages: Iterable[tuple[str | None, bytes]]) -> None:
         with contextlib.closing(pika.BlockingConnection(pika.URLParameters(self.queue))) as broker:
             channel = broker.channel()
             channel.confirm_delivery()

@@ -189,3 +189,59 @@ def test_a_message_of_a_dead_daemon_waits_for_its_lease_and_is_run_by_the_other(
         assert not fleet.ids("beside")
         assert attempts(shared_store) == [("interrupted", "its daemon died"), ("succeeded", None)]
         wait_until(lambda: not messages(rabbitmq, vhost, fleet.name))
+
+
+# Messages without an id
+
+
+@pytest.fixture
+def unnamed(tmp_path, shared_store, url, rabbitmq, proxies):
+    """A fleet whose first daemon runs a job for a message that has none."""
+    ways = [way(proxies, shared_store, url, rabbitmq)]
+    with Fleet(tmp_path, shared_store, queue=url, lease=SHORT, ways=ways) as fleet:
+        one, other = fleet.daemons
+        other.ask("PAUSE", "work")
+        fleet.publish([(None, b'{"seconds": "5"}')])
+        wait_until(lambda: fleet.ids("begin"))
+        wait_until(lambda: fleet.states()["running"])
+        other.ask("RESUME", "work")
+        one.ask("PAUSE", "work")
+        yield fleet
+
+
+@any_store
+def test_a_message_without_an_id_takes_over_from_a_dead_daemon(
+    unnamed, shared_store, rabbitmq, vhost
+):
+    unnamed.daemons[0].signal(signal.SIGKILL)
+    wait_until(lambda: "another daemon is running it" in unnamed.daemons[1].log)
+    unnamed.until_all("succeeded", 1, 60)
+    assert len(shared_store.rows("SELECT id FROM jobs")) == 1
+    assert attempts(shared_store) == [("interrupted", "its daemon died"), ("succeeded", None)]
+    assert not unnamed.ids("beside")
+    wait_until(lambda: not messages(rabbitmq, vhost, unnamed.name))
+
+
+@any_store
+def test_a_message_without_an_id_is_not_run_beside_a_job_like_it(unnamed, proxies, rabbitmq, vhost):
+    proxies[1].cut()
+    wait_until(lambda: "another daemon is running it" in unnamed.daemons[1].log)
+    unnamed.until_all("succeeded", 2, 60)
+    [first, second] = sorted(unnamed.times("begin"), key=unnamed.times("begin").get)
+    assert unnamed.times("end")[first] < unnamed.times("begin")[second]
+    wait_until(lambda: not messages(rabbitmq, vhost, unnamed.name))
+
+
+@any_store
+def test_a_message_without_an_id_that_waited_finds_its_job_where_it_runs(
+    unnamed, proxies, rabbitmq, vhost
+):
+    one, other = unnamed.daemons
+    proxies[1].cut()
+    wait_until(lambda: "another daemon is running it" in other.log)
+    other.ask("PAUSE", "work")
+    one.ask("RESUME", "work")
+    wait_until(lambda: "its message came again, adopted" in one.log)
+    unnamed.until_all("succeeded", 1, 60)
+    wait_until(lambda: not messages(rabbitmq, vhost, unnamed.name))
+    assert unnamed.ids("begin").total() == 1

@@ -11,7 +11,7 @@ from sqlalchemy import exc
 from sqlalchemy.engine import Connection
 
 from taskd.states import JobState, StoreState
-from taskd.store import dead, schema, statements
+from taskd.store import dead, leases, schema, statements
 from taskd.store.cancel import cancel, cancel_some
 from taskd.store.recorder import Write
 from tests.support.servers import DRIVERS, SharedStore
@@ -374,3 +374,21 @@ def test_a_claim_waits_for_nobody(store: Store, shared_store: SharedStore) -> No
     with shared_store.locked("1"), listening():
         [row] = asks(store, statements.claim, queue="q", room=1, daemon_id="me")
         assert row["id"] == "2"
+
+
+def test_a_message_without_an_id_waits_for_who_runs_its_like_and_takes_over_from_the_dead(
+    store: Store, shared_store: SharedStore
+) -> None:
+    asks(store, leases.renew, daemon_id="alive", host="h", pid=1, length=60.0)
+    for id in "alive", "dead":
+        store.write(started(id, claimed_by=id, payload=b"x"))
+    seek = partial(leases.seek, queue="q", task="build", daemon_id="me")
+    assert asks(store, seek, payload=b"y", waited_for=None) is None
+    assert asks(store, seek, payload=b"x", waited_for=None) == ("dead", 0.0)
+    assert asks(store, seek, payload=b"x", waited_for="alive") == ("dead", 0.0)
+    assert asks(store, seek, payload=b"x", waited_for="dead") is None
+    assert shared_store.row("dead")["state"] == "queued"
+    owner, left = asks(store, seek, payload=b"x", waited_for="dead")
+    assert owner == "alive"
+    assert 0 < left <= 60
+    assert shared_store.row("alive")["state"] == "running"

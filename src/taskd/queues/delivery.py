@@ -106,7 +106,7 @@ class Source(Protocol):
         """The message goes back to its queue, for whoever comes first; with `id` as its own, and
         then `then` is called as above."""
 
-    def defer(self, delivery: Delivery, *, id: str, owner: str, delay: float) -> None:
+    def defer(self, delivery: Delivery, *, id: str | None, owner: str, delay: float) -> None:
         """Another daemon, `owner`, has the job. The message comes again, saying so, after `delay`
         seconds, and not before that daemon must know if it has lost the message."""
 

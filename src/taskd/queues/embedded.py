@@ -130,7 +130,7 @@ class EmbeddedQueue:
             self._release([delivery.row])
         self._settle(delivery)
 
-    def defer(self, delivery: Delivery, *, id: str, owner: str, delay: float) -> None:
+    def defer(self, delivery: Delivery, *, id: str | None, owner: str, delay: float) -> None:
         self._settle(delivery)
 
     def holds(self, delivery: Delivery) -> bool:

@@ -67,6 +67,41 @@ def take_over(connection: Connection, *, id: str, owner: str) -> bool:
 
 
 @changes
+def seek(
+    connection: Connection,
+    *,
+    queue: str,
+    task: str,
+    payload: bytes,
+    daemon_id: str,
+    waited_for: str | None,
+) -> tuple[str, float] | None:
+    """Who else runs a job of a message without an id that is like this one, and for how many
+    seconds its lease runs on.
+
+    None if nobody does. One that the message waited for and that is dead has its attempt ended.
+    """
+    rows = connection.execute(
+        sa.select(jobs.c.id, jobs.c.attempt, jobs.c.claimed_by)
+        .where(jobs.c.state == JobState.RUNNING.value, jobs.c.claimed_by != daemon_id)
+        .where(jobs.c.queue == queue, jobs.c.task == task, jobs.c.payload == payload)
+        .where(jobs.c.message_id.is_(None), jobs.c.acknowledged.is_(False))
+        .order_by(jobs.c.id)
+        .with_for_update()
+    ).all()
+    if not rows:
+        return None
+    lives = left(connection, {row.claimed_by for row in rows})
+    lasts = {row: lives.get(row.claimed_by, 0.0) for row in rows}
+    for row, seconds in lasts.items():
+        if seconds <= 0 and row.claimed_by == waited_for:
+            _interrupt(connection, {row.id: row.attempt})
+            return None
+    first = min(rows, key=lambda row: lasts[row])
+    return first.claimed_by, max(0.0, lasts[first])
+
+
+@changes
 def recover(connection: Connection, *, queues: Collection[str]) -> tuple[int, int]:
     """Free what dead daemons had of these embedded queues, and of jobs without a message.
 

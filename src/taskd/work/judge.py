@@ -62,13 +62,50 @@ class Judge:
             self._judge(job, delivery.row)
         elif job.named:
             self._inquire(job)
-        elif delivery.redelivered:
-            begun = partial(
-                statements.unfinished, queue=job.queue, task=job.task.name, payload=delivery.body
-            )
-            self._recorder.ask(begun, partial(self._on_unfinished, job))
-        else:
+        elif not delivery.redelivered:
             self._on_run(job)
+        elif self._recorder.private:
+            self._resume(job)
+        else:
+            self._seek(job)
+
+    def _seek(self, job: Job) -> None:
+        """A message without an id came back, and another daemon may be running its job."""
+        delivery = job.delivery
+        if delivery.waited_for is not None:
+            for other in self._jobs.values():
+                if other.delivery.lost and _alike(other, job):  # it was put aside elsewhere
+                    self._on_twin(job, other)
+                    return
+        question = partial(
+            leases.seek,
+            queue=job.queue,
+            task=job.task.name,
+            payload=delivery.body,
+            daemon_id=self._recorder.daemon_id,
+            waited_for=delivery.waited_for,
+        )
+        self._recorder.ask(question, partial(self._on_sought, job))
+
+    def _on_sought(self, job: Job, answer: tuple[str, float] | StoreAway | None) -> None:
+        if job.phase is not JobPhase.JUDGING:
+            return
+        if isinstance(answer, StoreAway):
+            self._on_unknown(job)
+        elif answer is None:
+            self._resume(job)
+        else:
+            owner, left = answer
+            job.delivery.source.defer(job.delivery, id=None, owner=owner, delay=left)
+            self._story.elsewhere(job)
+            self._on_answered(job)
+
+    def _resume(self, job: Job) -> None:
+        """Go on with a job that the store has of a message like this, if there is one."""
+        begun = partial(
+            statements.unfinished, queue=job.queue, task=job.task.name, payload=job.delivery.body
+        )
+        self._recorder.ask(begun, partial(self._on_unfinished, job))
 
     def _inquire(self, job: Job) -> None:
         """Ask the store what it knows of a job's id."""
@@ -176,3 +213,12 @@ class Judge:
         if answer:
             self._story.taken_over(job)
         self._inquire(job)
+
+
+def _alike(one: Job, other: Job) -> bool:
+    """Whether two jobs, neither with an id of its message's, may be of the same message."""
+    return (
+        not one.named
+        and (one.queue, one.task.name) == (other.queue, other.task.name)
+        and one.delivery.body == other.delivery.body
+    )

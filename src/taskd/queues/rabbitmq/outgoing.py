@@ -78,7 +78,9 @@ def for_retry(original: Properties, id: str, attempt: int) -> Properties:
     return _copy(original, {ATTEMPT: attempt}, id)
 
 
-def for_deferral(original: Properties, id: str, delivery: Delivery, owner: str) -> Properties:
+def for_deferral(
+    original: Properties, id: str | None, delivery: Delivery, owner: str
+) -> Properties:
     """A copy of a redelivery stands for that, too."""
     headers: dict[str, Any] = {ATTEMPT: delivery.attempt, WAITED_FOR: owner}
     return _copy(original, headers | {RETURNED: 1} if delivery.redelivered else headers, id)

@@ -319,7 +319,7 @@ class RabbitQueue:
             properties = outgoing.for_retry(delivery.token[1], id, attempt)
             self._place_later(delivery, properties, delay, then)
 
-    def defer(self, delivery: Delivery, *, id: str, owner: str, delay: float) -> None:
+    def defer(self, delivery: Delivery, *, id: str | None, owner: str, delay: float) -> None:
         if self._settle(delivery):
             properties = outgoing.for_deferral(delivery.token[1], id, delivery, owner)
             # The ladder's nearest step may be a tenth shorter.
