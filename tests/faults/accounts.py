@@ -32,6 +32,9 @@ FAILURES = {
 }
 # A child that has written its end still has to exit, and be seen to.
 JUST = 2.0
+# Whoever ends the children of a killed daemon does so a moment after its death: one that was just
+# born may even write its beginning in it.
+MOMENT = 0.5
 
 
 @dataclass(frozen=True)
@@ -143,13 +146,10 @@ class Accounts:
             yield f"{count} messages are left in {queue}"
 
     def _died(self, after: float, before: float) -> bool:
-        return any(end > after and begin < before for begin, end in self.deaths)
+        return any(end + MOMENT > after and begin < before for begin, end in self.deaths)
 
     def _ended_after(self, run: Run) -> bool:
-        """Whether the daemon ended before it could have recorded the end of this run.
-
-        Whoever kills the children of a daemon that died may come a moment after its death.
-        """
+        """Whether the daemon ended before it could have recorded the end of this run."""
         assert run.ended is not None
         ends = [*self.deaths, *self.stops]
-        return any(end > run.begun and begin < run.ended + JUST for begin, end in ends)
+        return any(end + MOMENT > run.ended and begin < run.ended + JUST for begin, end in ends)
