@@ -67,11 +67,13 @@ class Fleet:
         size: int = 2,
         slots: int = 8,
         lease: str = "30s",
+        early: bool = False,
         inside: Sequence[Sequence[str]] = (),
         ways: Sequence[Way] = (),
     ) -> None:
-        """`inside`: for each daemon the words that run a command on its host; `ways`: how the
-        first of them reach the servers, where that is not straight."""
+        """`early`: whether messages are acknowledged when their jobs begin; `inside`: for each
+        daemon the words that run a command on its host; `ways`: how the first of them reach the
+        servers, where that is not straight."""
         self.directory = directory
         self.store = store
         self.queue = queue
@@ -85,6 +87,7 @@ class Fleet:
         for number in range(size):
             way = ways[number] if number < len(ways) else Way()
             name = "" if queue == "embedded:" else f"name = {self.name}"
+            name += "\nacknowledge = early" if early else ""
             config = CONFIG.format(
                 directory=directory, slots=slots, lease=lease, queue=way.queue or queue, name=name
             )

@@ -191,6 +191,17 @@ def test_a_message_of_a_dead_daemon_waits_for_its_lease_and_is_run_by_the_other(
         wait_until(lambda: not messages(rabbitmq, vhost, fleet.name))
 
 
+@any_store
+def test_what_a_dead_daemon_acknowledged_early_is_run_by_the_other(tmp_path, shared_store, url):
+    with Fleet(tmp_path, shared_store, queue=url, lease=SHORT, early=True) as fleet:
+        one, _ = begin(fleet, "job", 4)
+        assert not one.ask("QUEUES")[0]["unacked"]
+        one.signal(signal.SIGKILL)
+        fleet.until_all("succeeded", 1, 60)
+        assert not fleet.ids("beside")
+        assert attempts(shared_store) == [("interrupted", "its daemon died"), ("succeeded", None)]
+
+
 # Messages without an id
 
 
