@@ -6,6 +6,7 @@ the same names.
 
 import os
 import subprocess
+from collections.abc import Sequence
 
 from tests.conftest import cannot_run, needs
 
@@ -13,12 +14,12 @@ PREFIX = "tkd"
 HOME = 0  # the number of the machine itself on the network
 
 
-def ip(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["ip", *words], capture_output=True, text=True, timeout=30)
+def ip(*words: str, on: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*on, "ip", *words], capture_output=True, text=True, timeout=30)
 
 
-def check(*words: str) -> None:
-    done = ip(*words)
+def check(*words: str, on: Sequence[str] = ()) -> None:
+    done = ip(*words, on=on)
     assert done.returncode == 0, f"ip {' '.join(words)}: {done.stderr}"
 
 
@@ -27,6 +28,7 @@ class Network:
 
     def __init__(self, hosts: int) -> None:
         needs("ip")
+        needs("nsenter")
         # Interfaces' names have at most 15 characters, and are the machine's, not the test's.
         self._mark = f"{PREFIX}{os.getpid() % 100_000}"
         self._third = os.getpid() % 250
@@ -56,9 +58,10 @@ class Network:
             ours = ("type", "veth", "peer", "name", "eth0", "netns", host)
             check("link", "add", cable, *ours)
             check("link", "set", cable, "master", self._mark, "up")
-            check("-n", host, "addr", "add", f"{self.address(number)}/24", "dev", "eth0")
-            check("-n", host, "link", "set", "eth0", "up")
-            check("-n", host, "link", "set", "lo", "up")
+            own = self.inside(number)
+            check("addr", "add", f"{self.address(number)}/24", "dev", "eth0", on=own)
+            check("link", "set", "eth0", "up", on=own)
+            check("link", "set", "lo", "up", on=own)
 
     def close(self) -> None:
         for number in self._hosts:
@@ -85,4 +88,5 @@ class Network:
 
     def inside(self, number: int) -> list[str]:
         """Words that run a command on that host."""
-        return ["ip", "netns", "exec", self.host(number)]
+        # Not `ip netns exec`: that remounts what in a chroot is no mount.
+        return ["nsenter", f"--net=/run/netns/{self.host(number)}"]
