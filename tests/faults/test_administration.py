@@ -83,11 +83,15 @@ def cpu_seconds(pid):
 def assert_said_and_calm(it, proxy, text, *, state="down", times=1):
     """STATUS, `taskctl queues` and the journal say it, the journal once; and nothing is busy."""
     it.taskd.until_told(text)
-    [queue] = wait_until(lambda: [q for q in it.taskd.ask("QUEUES") if text in q["reason"]])
-    assert queue["state"] == state
-    listing = it.taskd.ctl("queues").out
-    assert state in listing
-    assert text.split()[0] in listing  # as wide as a terminal lets it be
+
+    def said():
+        (queue,) = it.taskd.ask("QUEUES")
+        listing = it.taskd.ctl("queues").out
+        # As wide as a terminal lets it be; between two tries, and not while one is made.
+        listed = state in listing and text.split()[0] in listing
+        return listed and text in queue["reason"] and queue["state"] == state
+
+    wait_until(said)
     tries, cpu, begun = proxy.accepted, cpu_seconds(it.taskd.pid), time.monotonic()
     wait_until(lambda: time.monotonic() - begun > WATCHED)
     assert proxy.accepted - tries <= TRIES_MAX

@@ -324,6 +324,8 @@ def _alone(connection: Connection) -> Iterator[None]:
             name = "concat(coalesce(database(), ''), '.taskd_schema')"
             if connection.exec_driver_sql(f"SELECT get_lock({name}, {_LOCK_WAIT})").scalar() != 1:
                 raise StoreAway("another daemon is at the tables")
+            # What was read before the lock is no longer true, and InnoDB would show it again.
+            connection.exec_driver_sql("COMMIT")
             try:
                 yield
             finally:
