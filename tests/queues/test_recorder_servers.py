@@ -3,19 +3,22 @@
 import threading
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
 from sqlalchemy import exc
-from sqlalchemy.engine import Connection
+from sqlalchemy.engine import Connection, make_url
 
 from taskd.states import JobState, StoreState
 from taskd.store import dead, leases, schema, statements
 from taskd.store.cancel import cancel, cancel_some
 from taskd.store.recorder import Write
+from tests.support.proxy import Proxy
 from tests.support.servers import DRIVERS, SharedStore
 from tests.support.store import Store, ended, is_away, listening, queued, started
+from tests.support.turning import turn
 
 
 @pytest.fixture
@@ -392,3 +395,24 @@ def test_a_message_without_an_id_waits_for_who_runs_its_like_and_takes_over_from
     assert owner == "alive"
     assert 0 < left <= 60
     assert shared_store.row("alive")["state"] == "running"
+
+
+def test_a_server_that_is_frozen_is_away_and_no_hang(shared_store: SharedStore) -> None:
+    url = make_url(shared_store.url)
+    assert url.port is not None
+    with Proxy(url.port) as proxy:
+        there = url.set(host="127.0.0.1", port=proxy.port).render_as_string(hide_password=False)
+        with Store(Path("/nonexistent"), url=there) as store:
+            store.up()
+            proxy.freeze()
+            answers: list[Any] = []
+            store.recorder.ask(statements.counts, answers.append, deadline=1)
+
+            def answered() -> Any:
+                assert not store.recorder.stuck(store.loop.now())  # as the watchdog's beat asks
+                return answers
+
+            turn(store.loop, answered, 60)
+            assert is_away(answers[0])
+            proxy.thaw()
+            assert store.ask(statements.counts) == []

@@ -8,6 +8,7 @@ transactions that begin when we say so. Those of the servers are in server.py.
 import fcntl
 import math
 import os
+import socket
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -55,7 +56,7 @@ def reason(error: BaseException) -> str:
 
 
 class Database:
-    """Used by the recorder's thread alone, but for `private`."""
+    """Used by the recorder's thread alone, but for `private` and `hang_up`."""
 
     def __init__(self, url: str, *, clock: Callable[[], float], lock_wait: float) -> None:
         """`lock_wait`: how long to wait while another connection holds the lock.
@@ -82,6 +83,7 @@ class Database:
         self._engine = sa.create_engine(parsed, poolclass=NullPool, future=True, **options)
         self.dialect = self._engine.dialect
         self._connection: Connection | None = None
+        self._line: socket.socket | None = None  # our own hold on what the connection goes by
         self._until = 0.0
         self._writes = False
         if self.private:
@@ -103,10 +105,28 @@ class Database:
             self._file.open()
         self._until = math.inf
         self._connection = self._engine.connect()
+        raw: Any = self._connection.connection.dbapi_connection
+        if hasattr(raw, "fileno"):  # libpq's; PyMySQL limits how long it reads
+            self._line = socket.socket(fileno=os.dup(raw.fileno()))
+        return True
+
+    def hang_up(self) -> bool:
+        """From another thread: end a call that a server does not answer. Whether there is one.
+
+        A server that is frozen keeps no limit of its own, and libpq has none for an answer.
+        """
+        line = self._line
+        if line is None:
+            return False
+        with suppress(OSError):  # it has just been closed
+            line.shutdown(socket.SHUT_RDWR)
         return True
 
     def disconnect(self) -> None:
         connection, self._connection = self._connection, None
+        line, self._line = self._line, None
+        if line is not None:
+            line.close()
         if connection is not None:
             with suppress(*WEATHER):
                 connection.close()

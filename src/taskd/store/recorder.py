@@ -30,7 +30,7 @@ from taskd.store.batch import Row, Write, Writer, fold
 from taskd.store.database import WEATHER, Database, reason, refused
 from taskd.store.question import writes
 from taskd.store.schema import prepare
-from taskd.store.server import collided
+from taskd.store.server import ANSWER, collided
 
 __all__ = ["Recorder", "Write"]
 
@@ -118,6 +118,9 @@ class Recorder:
         self._next_try = 0.0
         # Read by the loop, written by the thread.
         self._limit: float | None = None  # when the call under way must have ended
+        # The loop's own: the limit that was passed last, and how long that is looked on.
+        self._late: float | None = None
+        self._grace = 0.0
         self._reason = ""
         self._commits = self._rows = self._unrecordable = 0
 
@@ -153,9 +156,17 @@ class Recorder:
         self._gather()
 
     def stuck(self, now: float) -> bool:
-        """Whether the thread is neither idle nor in a call that is within its limit."""
+        """Whether the thread is neither idle nor in a call that is within its limit.
+
+        A call that a server does not answer in time is ended first, and then has its grace.
+        """
         limit = self._limit
-        return limit is not None and now > limit + GRACE
+        if limit is None or now <= limit:
+            return False
+        if self._late != limit:
+            self._late = limit
+            self._grace = GRACE + (now if self._database.hang_up() else limit)
+        return now > self._grace
 
     def status(self) -> dict[str, Any]:
         return {
@@ -267,14 +278,18 @@ class Recorder:
         if self._reads:
             self._put([self._reads.popleft()], writes=False)
 
+    def _give(self, until: float) -> None:
+        """The call that begins may take so long; over a network it takes as long as it takes."""
+        self._limit = until if self.private else max(until, self._loop.now() + ANSWER)
+
     @contextmanager
     def _transaction(self, *, writes: bool, until: float) -> Iterator[Connection]:
-        self._limit = until
+        self._give(until)
         with self._database.transaction(writes=writes, until=until) as connection:
             yield connection
 
     def _connect(self, until: float) -> None:
-        self._limit = until
+        self._give(until)
         if self._database.connect():
             with self._transaction(writes=False, until=until) as connection:
                 prepare(connection)

@@ -14,6 +14,7 @@ from sqlalchemy.engine import URL
 
 CONNECT = 5  # seconds to a connection
 NETWORK = 15  # seconds that a packet, or an answer, may take
+ANSWER = NETWORK + 5  # and then nobody waits for it any more
 # Nothing that is asked of a server takes longer if all is well; the limit is what a lock, or a
 # disk, may add. It is less than the shortest lease's third that makes sense.
 CALL = 15.0
@@ -31,7 +32,7 @@ _CONNECT_ARGUMENTS: dict[str, dict[str, Any]] = {
     },
     "pymysql": {
         "connect_timeout": CONNECT,
-        "read_timeout": NETWORK + 5,
+        "read_timeout": ANSWER,
         "write_timeout": NETWORK,
         "charset": "utf8mb4",
     },
