@@ -53,7 +53,7 @@ def crash(fleet, server):
     server.crash()
     for taskd in fleet.daemons:
         taskd.until_told("store away: ")
-        assert not taskd.ask("QUEUES")[0]["consuming"]
+        wait_until(lambda taskd=taskd: not taskd.ask("QUEUES")[0]["consuming"])
 
 
 def assert_once(fleet):
