@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -303,8 +304,9 @@ def test_the_messages_of_ended_jobs_are_not_kept(taskd):
         return size * 1024
 
     body = b'{"pad": "%s"}' % (b"x" * 2**20)
-    before = run("first", 60)
-    assert run("then", 60) - before < 30 * len(body)
+    sizes = [run(name, 60) for name in ("first", "second", "third")]
+    # What is kept is kept of each; the allocator may take some time to settle.
+    assert min(later - sooner for sooner, later in pairwise(sizes)) < 30 * len(body)
 
 
 def test_a_broken_configuration_at_start_says_everything_and_exits_78(tmp_path):

@@ -13,10 +13,12 @@ import pytest
 from taskd.children.child import DRAIN_PATIENCE
 from taskd.kernel import cgroup
 from taskd.kernel.cgroup import Groups
+from taskd.kernel.loop import Loop
 from taskd.states import ChildState
 from tests.conftest import needs
 from tests.support.cgroups import available, delegated_group, jobs_of, members
 from tests.support.children import Nursery, Run
+from tests.support.turning import turn
 
 if available() is None:
     pytest.skip("this process may not make cgroups below its own", allow_module_level=True)
@@ -251,6 +253,35 @@ def test_groups_that_a_child_made_below_its_own_go_with_it(
     nursery.finish(run)
     assert run.exit.code == 0
     assert jobs_of(delegated) == []
+
+
+def test_a_tree_of_groups_of_any_depth_goes_too(delegated: Path) -> None:
+    groups = Groups(delegated)
+    try:
+        group = groups.make("deep.1")
+        here = os.open(group.path, os.O_RDONLY)
+        for _ in range(1500):  # deeper than Python lets a function call itself
+            os.mkdir("d", dir_fd=here)
+            below = os.open("d", os.O_RDONLY, dir_fd=here)
+            os.close(here)
+            here = below
+        os.close(here)
+        assert group.remove()
+        assert not Path(group.path).exists()
+    finally:
+        groups.close()
+
+
+def test_a_watch_outlives_its_group(delegated: Path) -> None:
+    groups, loop, empty = Groups(delegated), Loop(), []
+    try:
+        group = groups.make("gone.1")
+        group.watch(loop, lambda: empty.append(True))
+        assert group.remove()
+        turn(loop, lambda: empty)
+    finally:
+        groups.close()
+        loop.close()
 
 
 def test_a_command_that_cannot_start_leaves_no_group(nursery: Nursery, delegated: Path) -> None:

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from taskd.children.file import FileOutput
 from taskd.errors import SpawnError
+from taskd.kernel.loop import Loop
+from tests.conftest import cannot_run
 from tests.support.children import Nursery
 
 KEEP = 100
@@ -125,6 +128,44 @@ def test_a_directory_that_is_missing_is_the_tasks_fault(nursery: Nursery, path: 
     with pytest.raises(SpawnError, match=r"output file .*: No such file or directory") as told:
         nursery.shell("echo x", output=str(path / "none"))
     assert not told.value.passing
+
+
+NOBODY = (65534, 65534)
+
+
+@pytest.fixture
+def loop() -> Iterator[Loop]:
+    if os.geteuid():
+        cannot_run("only root opens files for others")
+    loop = Loop()
+    yield loop
+    loop.close()
+
+
+def test_root_follows_no_link_on_the_way_to_the_file_of_another(loop: Loop, tmp_path: Path) -> None:
+    (tmp_path / "roots").mkdir()
+    (tmp_path / "log").symlink_to(tmp_path / "roots")
+    before = descriptors()
+    with pytest.raises(OSError, match="Not a directory"):
+        FileOutput(loop, f"{tmp_path}/log/x.log", 100, owner=NOBODY)
+    assert list((tmp_path / "roots").iterdir()) == []
+    assert descriptors() == before
+
+
+def test_root_opens_no_file_of_a_third_for_another(loop: Loop, path: Path) -> None:
+    path.write_text("a secret")
+    before = descriptors()
+    with pytest.raises(OSError, match="another user's"):
+        FileOutput(loop, str(path), 100, owner=NOBODY)
+    assert descriptors() == before
+    os.chown(path, *NOBODY)
+    FileOutput(loop, str(path), 100, owner=NOBODY).close()
+
+
+def test_a_new_file_is_the_owners_and_null_is_nobodys(loop: Loop, path: Path) -> None:
+    FileOutput(loop, str(path), 100, owner=NOBODY).close()
+    FileOutput(loop, "/dev/null", 0, owner=NOBODY).close()
+    assert (path.stat().st_uid, path.stat().st_gid) == NOBODY
 
 
 def descriptors() -> list[str]:

@@ -294,3 +294,11 @@ def test_a_directory_too_deep_for_a_socket_is_refused_in_words(tmp_path: Path) -
     with pytest.raises(ValueError, match="too long for the path of a socket"):
         prepare(deep)
     assert not deep.exists()
+
+
+def test_what_others_put_in_the_place_of_the_directory_is_not_used(tmp_path: Path) -> None:
+    (tmp_path / "victim").mkdir(mode=0o700)
+    (tmp_path / "notify").symlink_to(tmp_path / "victim")
+    with pytest.raises(OSError, match="Not a directory"):
+        prepare(tmp_path / "notify")
+    assert (tmp_path / "victim").stat().st_mode & 0o777 == 0o700

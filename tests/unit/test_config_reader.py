@@ -298,6 +298,10 @@ def test_every_problem_of_every_file_is_told_at_once(write: Write) -> None:
         (QUEUE + TASK + "umask = 888\n", '5: [task:t] umask: "888" is not a umask; write one'),
         (QUEUE + TASK + "nice = 20\n", '5: [task:t] nice: "20" is not a whole number from -20'),
         (QUEUE + TASK + "oom_score_adjust = x\n", '5: [task:t] oom_score_adjust: "x" is not a wh'),
+        (
+            QUEUE + TASK + "user = nobody\nenvironment = TZ=UTC LD_LIBRARY_PATH=/home/x\n",
+            "6: [task:t] environment: LD_LIBRARY_PATH would be obeyed by setpriv while it is still",
+        ),
         (QUEUE + TASK + "user = no-one\n", '5: [task:t] user: there is no user "no-one"'),
         (QUEUE + TASK + "group = none\n", '5: [task:t] group: there is no group "none"'),
         (QUEUE + TASK + "supplementary_groups = a\n", "5: [task:t] supplementary_groups: there i"),

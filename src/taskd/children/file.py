@@ -5,6 +5,7 @@ output has it looked at for them, a few times a second while they do.
 """
 
 import contextlib
+import errno
 import os
 import stat
 from collections.abc import Callable
@@ -29,14 +30,7 @@ class FileOutput:
         self._waiting: list[Callable[[], None]] = []
         self._timer: Timer | None = None
         self._kept = b""
-        # A link may be a trap: others may write in this directory, and we may be root.
-        flags = os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW | os.O_NOCTTY | os.O_CLOEXEC
-        try:
-            self.fd = os.open(path, flags | os.O_CREAT | os.O_EXCL, MODE)
-            if owner is not None:
-                os.fchown(self.fd, *owner)
-        except FileExistsError:
-            self.fd = os.open(path, flags | os.O_NONBLOCK)  # a FIFO would hold us up
+        self.fd = _open(path, owner)
         self._first = self._seen = self._total = self._size()
 
     @property
@@ -105,3 +99,47 @@ class FileOutput:
         waiting, self._waiting = self._waiting, []
         for callback in waiting:
             callback()
+
+
+def _open(path: str, owner: tuple[int, int] | None) -> int:
+    """Open it to append to; where it is new it is the `owner`'s, a user and a group.
+
+    A link may be a trap: others may write in this directory, and, where there is an owner, we are
+    root and the directories on the way to it may be theirs as well.
+    """
+    flags = os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW | os.O_NOCTTY | os.O_CLOEXEC
+    if owner is None:
+        return _open_or_make(path, flags, None, None)
+    directory = os.open("/", os.O_PATH | os.O_CLOEXEC)
+    try:
+        *on_the_way, name = path.strip("/").split("/")
+        for each in on_the_way:
+            there = os.open(
+                each, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory
+            )
+            os.close(directory)
+            directory = there
+        return _open_or_make(name, flags, directory, owner)
+    except OSError as error:
+        error.filename = path
+        raise
+    finally:
+        os.close(directory)
+
+
+def _open_or_make(
+    name: str, flags: int, directory: int | None, owner: tuple[int, int] | None
+) -> int:
+    try:
+        fd = os.open(name, flags | os.O_CREAT | os.O_EXCL, MODE, dir_fd=directory)
+        if owner is not None:
+            os.fchown(fd, *owner)
+        return fd
+    except FileExistsError:
+        fd = os.open(name, flags | os.O_NONBLOCK, dir_fd=directory)  # a FIFO would hold us up
+    found = os.fstat(fd)
+    if owner is not None and stat.S_ISREG(found.st_mode) and found.st_uid != owner[0]:
+        os.close(fd)
+        raise PermissionError(errno.EACCES, "there already, and another user's", name)
+    os.set_blocking(fd, True)
+    return fd

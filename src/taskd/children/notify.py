@@ -59,8 +59,15 @@ def prepare(directory: Path) -> None:
     if len(os.fsencode(directory)) + len("/4194304.4294967295") > PATH_MAX:
         raise ValueError(f"{directory}: too long for the path of a socket ({PATH_MAX} bytes)")
     directory.mkdir(parents=True, exist_ok=True)
-    if not os.geteuid():
-        directory.chmod(0o711)  # jobs of other users find their own socket there, and nothing else
+    # Whoever may write beside it can have put something else in its place.
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        if os.fstat(fd).st_uid != os.geteuid():
+            raise ValueError(f"{directory}: somebody else's; remove it, and taskd makes its own")
+        if not os.geteuid():
+            os.fchmod(fd, 0o711)  # jobs of other users find their own socket, and nothing else
+    finally:
+        os.close(fd)
     for entry in directory.iterdir():
         if entry.name.replace(".", "", 1).isdecimal() and entry.is_socket():
             entry.unlink()
@@ -82,7 +89,7 @@ class NotifySocket:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
             self._socket.bind(path)
             if uid != os.geteuid():
-                os.chown(path, uid, -1)
+                os.chown(path, uid, -1, follow_symlinks=False)
         except OSError:
             self._socket.close()
             raise

@@ -251,3 +251,22 @@ def forbidden(options: Mapping[str, Any], uid: int) -> dict[str, str]:
             if own != resource.RLIM_INFINITY and (limit[1] is None or limit[1] > own):
                 problems[f"limit_{name}"] = f"taskd itself has {own}, and cannot give more"
     return problems
+
+
+# What the C library obeys in a program before its first line: setpriv would, still as root.
+# ld.so(8), "secure-execution mode", lists them.
+NO_LOADING = (
+    "{name} would be obeyed by setpriv while it is still root; set it for the command alone:"
+    " command = env {name}=... PROGRAM"
+)
+
+
+def loads_code(name: str) -> bool:
+    """Whether a variable of that name can bring code into a program that did not ask for it."""
+    return name.startswith(("LD_", "MALLOC_")) or name in (
+        "GCONV_PATH",
+        "GETCONF_DIR",
+        "GLIBC_TUNABLES",
+        "LOCPATH",
+        "NLSPATH",
+    )

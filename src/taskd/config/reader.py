@@ -230,6 +230,9 @@ class _Reading:
         except ValueError as error:
             self._complain(draft.section, "", str(error))
         values["owner"] = None if who.ours else (who.uid, who.gid)
+        if not who.ours:
+            for name in filter(limits.loads_code, values.get("environment", {})):
+                self._complain(draft.section, "environment", limits.NO_LOADING.format(name=name))
         if self._uid is not None:
             for key, text in limits.forbidden(values, self._uid).items():
                 if key not in draft.failed:

@@ -13,6 +13,7 @@ Sources: cgroups(7), the kernel's admin-guide/cgroup-v2.rst, systemd.io/CGROUP_D
 
 import contextlib
 import itertools
+import logging
 import os
 import select
 import time
@@ -22,11 +23,14 @@ from pathlib import Path
 
 from taskd.kernel.loop import Loop
 
+log = logging.getLogger(__name__)
+
 SUPERVISOR = "supervisor"
 JOB = "job-"
 # systemd's mark on a group that it leaves alone; the second one since systemd 252.
 _MARKS = ("trusted.delegate", "user.delegate")
 _READ_MAX = 4096
+WATCH_AGAIN = 1.0  # seconds after the machine had no descriptor for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,11 +160,21 @@ class Group:
             if self._populated():
                 return False
             # A job may divide its own group. The deepest come first.
-            for directory, _, _ in os.walk(self.path, topdown=False):
+            for directory in reversed(self._inside()):
                 with contextlib.suppress(OSError):
                     Path(directory).rmdir()
             return not Path(self.path).exists()
         return True
+
+    def _inside(self) -> list[str]:
+        """It and all the groups below it, each before its own."""
+        # Not os.walk: that is recursive before Python 3.12, and a job's tree may be thousands deep.
+        found, rest = [], [self.path]
+        while rest:
+            found.append(rest.pop())
+            with contextlib.suppress(OSError), os.scandir(found[-1]) as entries:
+                rest += [each.path for each in entries if each.is_dir(follow_symlinks=False)]
+        return found
 
     def _populated(self) -> bool:
         return bool(_facts(f"{self.path}/cgroup.events").get("populated", 0))
@@ -198,11 +212,24 @@ class Watch:
         self._on_empty = on_empty
         self._closed = False
         self._fd = -1
-        with contextlib.suppress(FileNotFoundError):
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._path = path
+        self._open()
+
+    def _open(self) -> None:
+        if self._closed:
+            return
+        try:
+            self._fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            log.warning("%s: %s; tried again", self._path, error.strerror)
+            self._loop.call_later(WATCH_AGAIN, self._open)
+            return
+        else:
             # The file has an event when it has changed since it was last read.
-            loop.add_handler(self._fd, self._on_event, Loop.PRIORITY)
-        loop.add_callback(lambda: self._on_event(self._fd, 0))
+            self._loop.add_handler(self._fd, self._on_event, Loop.PRIORITY)
+        self._loop.add_callback(lambda: self._on_event(self._fd, 0))
 
     def close(self) -> None:
         self._closed = True
@@ -214,9 +241,13 @@ class Watch:
     def _on_event(self, fd: int, events: int) -> None:
         if self._closed:
             return
-        if self._fd < 0 or b"populated 1" not in os.pread(self._fd, _READ_MAX, 0):
-            self.close()
-            self._on_empty()
+        try:
+            if self._fd >= 0 and b"populated 1" in os.pread(self._fd, _READ_MAX, 0):
+                return
+        except OSError:
+            pass  # somebody else has removed it
+        self.close()
+        self._on_empty()
 
 
 class Groups:
