@@ -319,6 +319,38 @@ def test_an_attempt_that_another_daemon_has_made_meanwhile_is_not_made_again(
     assert said == ["no", "begun"]
 
 
+def answers(store: Store, *writes: Write) -> list[bool]:
+    """Of writes that are put together, whether each was written."""
+    said: dict[int, bool] = {}
+    for number, write in enumerate(writes):
+        store.recorder.write(
+            write,
+            partial(said.__setitem__, number, True),
+            otherwise=partial(said.__setitem__, number, False),
+        )
+    store.turn(lambda: len(said) == len(writes))
+    return [said[number] for number in range(len(writes))]
+
+
+def test_an_end_without_an_attempt_is_not_written_over_another_outcome(
+    store: Store, shared_store: SharedStore
+) -> None:
+    store.write(started("1", claimed_by="me"), ended("1"), queued("2"))
+    end = {"state": JobState.CANCELLED, "finished_at": schema.now(), "claimed_by": None}
+    assert answers(store, Write({"id": "1", **end})) == [False]
+    assert shared_store.row("1")["state"] == "succeeded"
+    # Nobody has begun the other; and to say it twice is no fault.
+    assert answers(store, Write({"id": "2", **end})) == [True]
+    assert answers(store, Write({"id": "2", **end})) == [True]
+
+
+def test_a_name_put_beside_it_lets_no_attempt_through(store: Store) -> None:
+    store.write(started("1", claimed_by="me"), ended("1"))
+    named = Write({"id": "1", "message_id": "1"})
+    assert answers(store, named, started("1", claimed_by="me")) == [False, False]
+    assert answers(store, named) == [True]
+
+
 def test_a_commit_whose_answer_was_lost_is_not_taken_for_anothers(store: Store) -> None:
     store.write(started("1", claimed_by="me"))
     said: list[str] = []

@@ -11,7 +11,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from taskd.states import JobState
+from taskd.states import FINAL, JobState
 from taskd.store.batch import Row, Write
 from taskd.store.schema import cleaned, jobs
 
@@ -28,7 +28,9 @@ def divide(
     """
     first: dict[str, Write] = {}
     for write in writes:
-        first.setdefault(write.job["id"], write)
+        id = write.job["id"]
+        if id not in first or not _tells(first[id]):
+            first[id] = write
     # As the database has them: an id may have been cleaned.
     ids = sorted({cleaned(id) for id in first})
     statement = sa.select(*_LOOKED_AT).where(jobs.c.id.in_(ids)).order_by(jobs.c.id)
@@ -48,9 +50,20 @@ def divide(
     return sorted(kept, key=_id), out
 
 
+def _tells(write: Write) -> bool:
+    """Whether it says what becomes of the job."""
+    return write.attempt is not None or "state" in write.job
+
+
 def _id(row: Row) -> str:
     id: str = row.values["id" if row.table is jobs else "job_id"]
     return id
+
+
+def _repeated(whole: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
+    """Whether it has been written before."""
+    ended = whole.get("finished_at")
+    return ended is not None and ended == row["finished_at"]
 
 
 def _may(
@@ -64,10 +77,12 @@ def _may(
     if write.ours or row["claimed_by"] is not None:
         # The end of an attempt releases the row. If the connection was lost with the answer to
         # that commit, it is here for the second time.
-        ended = whole.get("finished_at")
-        return ended is not None and ended == row["finished_at"]
+        return _repeated(whole, row)
     if write.attempt is None:
-        return True
+        # It ends without an attempt here. Another daemon may have made one, to its end.
+        state = write.job.get("state", row["state"])
+        again = state == row["state"] == JobState.REJECTED
+        return row["state"] not in FINAL or again or not _tells(write) or _repeated(whole, row)
     # Free, but since we looked another daemon may have made this very attempt, or somebody may
     # have cancelled the job there.
     cancelled = row["state"] == JobState.CANCELLED and not write.revives

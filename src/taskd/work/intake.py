@@ -94,6 +94,7 @@ class Intake:
         pool.on_slot = self._on_slot
         pool.on_wait = self._on_wait
         pool.on_keep = self._on_keep
+        pool.on_again = self._on_delivery
 
     def start(self) -> None:
         for name in self._config.queues:

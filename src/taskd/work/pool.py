@@ -62,6 +62,7 @@ class Pool:
         self.on_wait: Callable[[str], None] = lambda queue: None  # a queue's job found no slot
         # A job is recorded whose message is to be acknowledged early: its delivery from now on.
         self.on_keep: Callable[[Job], Delivery] = lambda job: job.delivery
+        self.on_again: Callable[[Delivery], None] = self.take  # a delivery is to be judged anew
         self.on_settled: Callable[[], None] = lambda: None
         self.on_lost: Callable[[], None] = lambda: None  # deliveries were lost
         self.on_no_spawn: Callable[[str], None] = lambda reason: None
@@ -225,7 +226,7 @@ class Pool:
             if delivery.row is not None:
                 delivery.source.back(delivery)
             elif not delivery.lost:
-                self.take(delivery)
+                self.on_again(delivery)
 
     def _on_taken(self, job: Job) -> None:
         """Another daemon has taken a job that runs here."""
@@ -302,6 +303,7 @@ class Pool:
         self._move(job, JobPhase.SETTLED)
         del self.jobs[job.id]
         self._story.not_recorded(job)
+        self._settling.held.pop(job.id, None)
         for delivery in job.delivery, *job.twins:
             delivery.source.back(delivery)
         self.on_settled()

@@ -42,7 +42,7 @@ class Rejections:
             return
         row = found.get(id)
         # A broken message must not overwrite the record of a job whose id it carries.
-        if row is not None and row["state"] != JobState.REJECTED:
+        if id in self._jobs or (row is not None and row["state"] != JobState.REJECTED):
             id = message.new_id()
         self._record(delivery, id, reason)
 

@@ -84,7 +84,8 @@ class Settling:
             if settle is not None:
                 settle()
 
-        self._recorder.write(self._rows.named(job), on_durable)
+        # Refused, it is in somebody's hands already who knows it by the id.
+        self._recorder.write(self._rows.named(job), on_durable, otherwise=on_durable)
 
     def forget_lost(self, queue: str) -> None:
         """The deliveries of a queue were lost: its messages come again."""
