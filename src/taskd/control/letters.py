@@ -136,7 +136,10 @@ class Way:
         if id in self._sent and letter.died_at is not None and letter.died_at >= self._begun:
             return None  # it has died again meanwhile
         name = letter.delivery.queue
-        if letter.origin not in (None, self._daemon.config.queues[name].broker_name):
+        queue = self._daemon.config.queues.get(name)
+        if queue is None:
+            return None  # a reload took it away
+        if letter.origin not in (None, queue.broker_name):
             return None  # several queues may share their dead letters
         row = self._rows.get(id)
         attempt = None
@@ -174,13 +177,18 @@ class Way:
                 attempt=row["attempt"],
                 priority=priority if isinstance(priority, int) else None,
             )
-            source = self._daemon.intake.source(row["queue"])
-            source.resubmit(sent, partial(self._on_resubmitted, id))
+            on_resubmitted = partial(self._on_resubmitted, id)
+            try:
+                source = self._daemon.intake.source(row["queue"])
+            except RequestError as error:  # a reload took it away
+                on_resubmitted(str(error))
+            else:
+                source.resubmit(sent, on_resubmitted)
 
     def _on_resubmitted(self, id: str, reason: str | None) -> None:
-        row = self._rows.pop(id)
+        row = self._rows.pop(id, None)
         self.outcomes[id] = None
-        if reason is not None:
+        if row is not None and reason is not None:
             self.outcomes[id] = RequestError(reason)
             # Nobody will run it, so it is again what it was.
             self._ask(partial(dead.put_back, row=row), _ignore, _ignore)

@@ -51,6 +51,8 @@ class Visit:
         self._left = MOST
         self._sending = 0
         self._walked = False
+        self._closed = False
+        self._reason: str | None = None
         self._ended = False
 
     def start(self) -> None:
@@ -103,7 +105,12 @@ class Visit:
         self._finish()
 
     def _finish(self) -> None:
-        if self._walked and not self._sending and self._channel.is_open:
+        if self._sending:
+            return
+        if self._closed:
+            # Not before each copy was answered for, or one that is safe would be sent again.
+            self._end(self._reason)
+        elif self._walked and self._channel.is_open:
             # The close alone gives them back too, but after it was answered: the next visit would
             # find some of them missing.
             self._channel.basic_nack(0, multiple=True, requeue=True)
@@ -112,7 +119,9 @@ class Visit:
     def _on_close(self, channel: Any, error: Any) -> None:
         refusal = refusal_of(error)
         missing = refusal.code == NOT_FOUND
-        self._end(None if self._walked or missing else str(refusal))
+        self._reason = None if self._walked or missing else str(refusal)
+        self._closed = True
+        self._finish()
 
     def _end(self, reason: str | None) -> None:
         if not self._ended:
