@@ -443,3 +443,37 @@ def test_expiring_goes_along_an_index(table: Table) -> None:
     steps = table.plans(heard)
     assert not [step for step in steps if "SCAN jobs" in step and "INDEX" not in step], steps
     assert not [step for step in steps if "TEMP B-TREE" in step], steps
+
+
+# Rows that are no jobs
+
+
+STRANGE = """INSERT INTO jobs (id, task, queue, state, attempt, reason, exit_code, result, dead)
+    VALUES ('1', x'ff', 'q', ?, 'abc', x'fe', x'00', x'01', 1)"""
+
+
+@pytest.mark.parametrize(
+    ("state", "told"),
+    [
+        ("retrying", lambda store: statements.find(store, ids=["1"])["1"]),
+        ("queued", lambda store: cancel(store, id="1", reason="r")[0]),
+        ("queued", lambda store: cancel_some(store, task=None, reason="r")[0]),
+        ("failed", lambda store: dead.letters(store)[0]),
+        ("failed", lambda store: dead.send_back(store, ids=["1"], queues={"q": False})["1"]),
+    ],
+)
+def test_a_row_of_wrong_types_is_told_in_the_right_ones(
+    table: Table, state: str, told: Any
+) -> None:
+    table.sql(STRANGE, state)
+    row = told(table.connection)
+    assert (row["task"], row["attempt"], row["exit_code"]) == ("\ufffd", 0, 0)
+    assert isinstance(row["reason"], str | None) and isinstance(row["result"], str)
+
+
+def test_a_row_of_wrong_types_is_put_back_as_it_was(table: Table) -> None:
+    table.sql(STRANGE, "failed")
+    before = table.one("1")
+    row = dead.send_back(table.connection, ids=["1"], queues={"q": False})["1"]
+    dead.put_back(table.connection, row=row)
+    assert table.one("1") == before

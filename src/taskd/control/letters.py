@@ -144,7 +144,7 @@ class Way:
         row = self._rows.get(id)
         attempt = None
         if row is not None and row["queue"] == name:
-            attempt = int(row["attempt"])
+            attempt = row["attempt"]
         elif id in self._unknown and id not in self._daemon.pool.jobs:
             attempt = 0  # what nobody has recorded starts afresh
         if attempt is not None:

@@ -23,7 +23,7 @@ def cancel(connection: Connection, *, id: str, reason: str) -> tuple[Row | None,
     mine = jobs.c.id == cleaned(id)
     changed = connection.execute(_cancel(mine, reason)).rowcount > 0
     row = connection.execute(sa.select(*SUMMARY).where(mine)).mappings().one_or_none()
-    return (dict(row) if row is not None else None), changed
+    return (schema.sound(row) if row is not None else None), changed
 
 
 @changes
@@ -38,7 +38,8 @@ def cancel_some(
     ids = list(connection.scalars(some.with_for_update(skip_locked=True)))
     mine = jobs.c.id.in_(ids)
     connection.execute(_cancel(mine, reason))
-    return [dict(row) for row in connection.execute(sa.select(*SUMMARY).where(mine)).mappings()]
+    found = connection.execute(sa.select(*SUMMARY).where(mine)).mappings()
+    return [schema.sound(row) for row in found]
 
 
 def _cancel(which: Any, reason: str) -> Any:

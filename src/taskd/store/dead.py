@@ -32,7 +32,7 @@ def letters(connection: Connection, *, limit: int = 100) -> list[Row]:
     """The jobs that lie in the dead letters, the last first, without payload and output."""
     most = max(0, min(limit, MOST_ROWS))
     newest = sa.select(*SUMMARY).where(schema.dead).order_by(_job.finished_at.desc()).limit(most)
-    return [dict(row) for row in connection.execute(newest).mappings()]
+    return [schema.sound(row) for row in connection.execute(newest).mappings()]
 
 
 @changes
@@ -60,14 +60,14 @@ def _send_back(connection: Connection, id: str, queues: Mapping[str, bool]) -> R
     if row["state"] not in FINAL and not awaited:
         return f"job {id} has not ended: it is {row['state']}"
     connection.execute(sa.update(schema.jobs).where(_job.id == row["id"]).values(_AGAIN))
-    return {**row, **_AGAIN, "was": dict(row)}
+    return {**schema.sound(row), **_AGAIN, "was": dict(row)}
 
 
 @changes
 def put_back(connection: Connection, *, row: Row) -> None:
     """Undo `send_back`, unless the job was taken up meanwhile."""
     was = {name: row["was"][name] for name in _AGAIN}
-    untouched = _job.state == JobState.QUEUED.value, _job.attempt == row["attempt"]
+    untouched = _job.state == JobState.QUEUED.value, _job.attempt == row["was"]["attempt"]
     connection.execute(
         sa.update(schema.jobs)
         .where(_job.id == row["id"], _job.claimed_by.is_(None), *untouched)

@@ -194,6 +194,34 @@ attempts = sa.Table(
     **_OPTIONS,
 )
 
+# Of times and bytes whoever reads them sees for himself.
+_KINDS: dict[str, Any] = {
+    **dict.fromkeys(("attempt", "priority", "crashes", "retries"), int),
+    **dict.fromkeys(("pid", "exit_code", "signal", "memory_peak"), int),
+    **dict.fromkeys(("progress", "cpu_seconds", "wall_seconds", "waited_seconds"), int | float),
+    **dict.fromkeys(("id", "task", "queue", "state", "message_id", "claimed_by"), str),
+    **dict.fromkeys(("status", "result", "reason", "host"), str),
+}
+
+
+def sound(row: Any) -> dict[str, Any]:
+    """A row of `jobs` as a dictionary, each number and text what its column is for.
+
+    SQLite lets anyone put anything there. What is told of such a row may be odd, but must not
+    end who tells it: a number that is none is 0, and bytes are text.
+    """
+    return {name: _fit(name, value) for name, value in row.items()}
+
+
+def _fit(name: str, value: Any) -> Any:
+    kind = _KINDS.get(name)
+    if kind is None or value is None or isinstance(value, kind):
+        return value
+    if kind is str:
+        return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+    return 0
+
+
 # One row each running daemon of a shared store: leases.py. Empty on a private one.
 daemons = sa.Table(
     "daemons",

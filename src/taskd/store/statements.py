@@ -69,7 +69,7 @@ def find(
     """
     wanted = [cleaned(id) for id in ids]
     found = sa.select(*SUMMARY).where(_job.id.in_(wanted))
-    rows = {row["id"]: dict(row) for row in connection.execute(found).mappings()}
+    rows = {row["id"]: schema.sound(row) for row in connection.execute(found).mappings()}
     if daemon_id is not None:
         theirs = [
             row
@@ -126,7 +126,7 @@ def unfinished(connection: Connection, *, queue: str, task: str, payload: bytes)
         .order_by(_job.submitted_at)
         .limit(MOST_ROWS)
     )
-    return [dict(row) for row in connection.execute(statement).mappings()]
+    return [schema.sound(row) for row in connection.execute(statement).mappings()]
 
 
 # For the embedded queue
