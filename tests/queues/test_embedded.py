@@ -17,7 +17,7 @@ from taskd.store import dead, statements
 from taskd.store.schema import now
 from taskd.store.statements import Unnamed
 from tests.support.embedded import Taken
-from tests.support.store import Store, ended, listening, locked, queued, started
+from tests.support.store import Store, ended, is_away, listening, locked, queued, started
 from tests.support.waiting import wait_until
 
 INSERT = "INSERT INTO jobs (id, task) VALUES ('{}', 'build')"
@@ -426,3 +426,22 @@ def test_a_closed_queue_takes_nothing_more(store: Store, no_look: None) -> None:
     store.ask(statements.counts)
     assert taken.deliveries == []
     assert taken.queue.status()["state"] is LinkState.CLOSED
+
+
+def test_a_claim_whose_answer_was_lost_is_made_again(store: Store, no_look: None) -> None:
+    taken = Taken(store)
+    store.write(queued("held", queue="q"))
+    taken.queue.consume(True)
+    taken.wait_for("held")
+    store.ask(statements.counts)  # the look is over
+    store.write(queued("lost", queue="q"))
+    claim = partial(statements.claim, room=9, daemon_id=store.recorder.daemon_id)
+    assert [row["id"] for row in store.ask(partial(claim, queue="q"))] == ["lost"]
+    with locked(store.path):  # stands for the answer that does not come
+        taken.queue.wake()
+        assert is_away(store.ask(partial(claim, queue="another")))
+    taken.queue.wake()
+    taken.wait_for("lost")
+    taken.queue.wake()
+    store.ask(statements.counts)
+    assert taken.ids == []

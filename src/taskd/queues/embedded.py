@@ -78,7 +78,8 @@ class EmbeddedQueue:
         self._acknowledged = acknowledged
         self._wanted = False
         self._closed = False
-        self._unsettled = 0
+        self._held: set[str] = set()  # the jobs whose deliveries are unsettled
+        self._unsure = False  # whether claims were made of which no answer came
         self._timer: Timer | None = None
         self._due = False  # a look at the end of this pass
         self._looking = False  # the recorder has been asked
@@ -107,7 +108,7 @@ class EmbeddedQueue:
 
     def keep(self, delivery: Delivery, *, id: str) -> Delivery:
         """The delivery of another source, from now on as one of this: its row is recorded."""
-        self._unsettled += 1
+        self._held.add(id)
         row = {"id": id, "attempt": delivery.attempt}
         return replace(delivery, source=self, token=None, reply_to=None, id=id, row=row, lost=False)
 
@@ -143,7 +144,7 @@ class EmbeddedQueue:
     def _settle(self, delivery: Delivery) -> None:
         if not delivery.settled:
             delivery.settled = True
-            self._unsettled -= 1
+            self._held.discard(delivery.id or "")
             self.wake()
 
     # Messages of our own
@@ -204,7 +205,7 @@ class EmbeddedQueue:
 
     def _look(self) -> None:
         self._due = False
-        room = self._room - self._unsettled
+        room = self._room - len(self._held)
         if self._wanted and room > 0:
             self._looking = True
             question = partial(
@@ -215,18 +216,20 @@ class EmbeddedQueue:
                 unnamed=self._unnamed,
                 full=sorted(self._full()),
                 acknowledged=self._acknowledged,
+                held=sorted(self._held) if self._unsure else None,
             )
             self._recorder.ask(question, self._on_claimed)
 
     def _on_claimed(self, rows: list[Row] | StoreAway) -> None:
         self._looking = False
         again, self._again = self._again, False
+        self._unsure = isinstance(rows, StoreAway)
         if isinstance(rows, StoreAway):
             return  # the recorder says so; the next look comes
         if not self._wanted:
             self._release(rows)
             return
-        self._unsettled += len(rows)
+        self._held.update(row["id"] for row in rows)
         for row in rows:
             self._on_delivery(self._delivery(row))
         if again:

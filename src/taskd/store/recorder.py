@@ -150,7 +150,8 @@ class Recorder:
     ) -> None:
         """Put a question of statements.py; `then` gets its answer, or StoreAway in time.
 
-        It is put after all that was written before. StoreAway means that nothing was changed.
+        It is put after all that was written before. StoreAway means that nothing was changed, but
+        for a server that made the change and was cut off before it could say so.
         """
         self._new_asks.append(_Ask(question, then, self._loop.now() + deadline))
         self._gather()

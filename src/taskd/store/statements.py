@@ -157,17 +157,24 @@ def claim(
     unnamed: Unnamed | None = None,
     full: Collection[str] = (),
     acknowledged: bool = False,
+    held: Collection[str] | None = None,
 ) -> list[Row]:
     """Take up to `room` jobs that are due, the most urgent first, and mark them as claimed.
 
     Jobs of the tasks in `full` are passed over. With `acknowledged` only those are taken that
-    have no message any more at their queue's broker.
+    have no message any more at their queue's broker. With `held` all that we have claimed but
+    these is free first: the answer to an earlier claim may have been lost, and not the claim.
 
     Whoever ends the attempt releases the claim: its last write carries `claimed_by` None. A row
     that holds what its columns are not for (SQLite lets anyone put anything there) is rejected
     here. The rows have the columns in CLAIMED.
     """
     dialect = connection.dialect.name
+    if held is not None:
+        ours = sa.and_(_job.queue == queue, _job.claimed_by == daemon_id)
+        waiting = _job.state.in_([state.value for state in schema.WAITING])
+        lost = sa.update(schema.jobs).where(ours, waiting, _job.id.not_in(list(held)))
+        connection.execute(lost.values(claimed_by=None))
     if unnamed is not None:
         _name(connection, queue, unnamed)
     moment: Any = schema.stamp(now()) if dialect == "sqlite" else now()
