@@ -363,6 +363,16 @@ def test_a_commit_whose_answer_was_lost_is_not_taken_for_anothers(store: Store) 
     assert said == ["first", "second"]
 
 
+def test_who_revives_what_had_ended_may_end_it_again_without_an_attempt(
+    store: Store, shared_store: SharedStore
+) -> None:
+    store.write(started("1", claimed_by="me"), ended("1"))
+    end = {"id": "1", "state": JobState.CANCELLED, "finished_at": schema.now()}
+    assert answers(store, Write(end)) == [False]
+    assert answers(store, Write(end, revives=True)) == [True]
+    assert shared_store.row("1")["state"] == "cancelled"
+
+
 # Claims of many
 
 

@@ -29,7 +29,8 @@ class Write:
     `job` always has `id`, `attempt` always `job_id` and `attempt`. An attempt's row is made if
     it is missing, the job's only if `new`. `payload` is written with a row's first INSERT alone.
     On a shared store it is written if no other daemon has the job, or, with `ours`, only if this
-    one still has it; an attempt of a cancelled job only if it `revives` it.
+    one still has it; an attempt of a cancelled job, or the end of one that had ended and makes
+    no attempt, only if it `revives` it.
     """
 
     job: Values

@@ -82,7 +82,8 @@ def _may(
         # It ends without an attempt here. Another daemon may have made one, to its end.
         state = write.job.get("state", row["state"])
         again = state == row["state"] == JobState.REJECTED
-        return row["state"] not in FINAL or again or not _tells(write) or _repeated(whole, row)
+        free = row["state"] not in FINAL or again or write.revives
+        return free or not _tells(write) or _repeated(whole, row)
     # Free, but since we looked another daemon may have made this very attempt, or somebody may
     # have cancelled the job there.
     cancelled = row["state"] == JobState.CANCELLED and not write.revives

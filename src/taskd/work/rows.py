@@ -97,7 +97,7 @@ class Rows:
             "reason": outcome.reason,
             "finished_at": moment(job.finished_at),
         }
-        return Write(row, None, new=not job.known)
+        return Write(row, None, new=not job.known, revives=job.revived)
 
     def spoke(self, job: Job) -> Write:
         """What a running child said of itself."""
