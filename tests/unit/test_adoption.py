@@ -57,6 +57,17 @@ def test_what_never_comes_again_is_forgotten_oldest_first(monkeypatch):
     assert lost.claim(delivery(b"2")) is not None
 
 
+def test_a_job_that_found_its_message_otherwise_takes_no_equal_one():
+    lost = Lost(lambda: 0.0)
+    found, waits = job("1", body=b"b"), job("2", body=b"b")
+    lost.add(found)
+    lost.add(waits)
+    lost.discard(found)
+    lost.discard(found)
+    assert lost.claim(delivery(b"b")) is waits
+    assert lost.claim(delivery(b"b")) is None
+
+
 def test_a_job_that_has_ended_does_not_wait_for_its_message_for_ever():
     now = 0.0
     lost = Lost(lambda: now)

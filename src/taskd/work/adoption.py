@@ -56,6 +56,13 @@ class Lost:
             self._forget(identity, jobs, job)
         return job
 
+    def discard(self, job: Job) -> None:
+        """A job has found its message otherwise, if it was waiting for it."""
+        identity = _identity(job.delivery)
+        jobs = self._jobs.get(identity)
+        if jobs and job in jobs:
+            self._forget(identity, jobs, job)
+
     def _forget(self, identity: bytes, jobs: deque[Job], job: Job | None = None) -> None:
         jobs.remove(job or jobs[0])
         self._count -= 1

@@ -156,6 +156,7 @@ class Pool:
     def _on_twin(self, job: Job, other: Job) -> None:
         """A job turns out to be one that is here already."""
         self._drop(job)
+        self._lost.discard(other)
         self._adopt(other, job.delivery)
 
     def _bury(self, job: Job, reason: str) -> None:
