@@ -143,6 +143,22 @@ def test_waiting_jobs_go_by_the_new_configuration(taskd):
         taskd.until(id, "succeeded")
 
 
+def test_a_queue_that_found_no_slot_is_taken_from_again_when_a_reload_makes_room(taskd):
+    # Its own limit, and so its prefetch, stays the same.
+    one = "\n[queue:one]\nurl = embedded:\ntasks = one\n\n[task:one]\ncommand = /bin/true\n"
+    config = CONFIG.replace("[taskd]", "[taskd]\nmax_running = 1") + one + "max_running = 1\n"
+    config = config.replace("[queue:work]", "[queue:work]\ntasks = hold, tree, ok")
+    taskd.write(config)
+    taskd.ask("RELOAD")
+    taskd.until(taskd.submit("hold"), "running")
+    waits = taskd.submit("one")
+    wait_until(lambda: taskd.ask("QUEUES")[1]["held_by"] == ["no free slot"], 30)
+    taskd.write(config.replace("max_running = 1", "max_running = 2", 1))
+    taskd.ask("RELOAD")
+    taskd.until(waits, "succeeded")
+    go(taskd)
+
+
 # Stop
 
 

@@ -207,6 +207,7 @@ class Intake:
             if name not in self._inlets:
                 self._open(name, set())
         self.sweep()
+        self._on_slot()  # there may be more of them
 
     def sweep(self) -> None:
         """Close retired queues whose last job was settled, and brokers that nobody uses."""
