@@ -383,7 +383,8 @@ class Pool:
     def abandon(self, *, kill: bool) -> None:
         """End the attempts that others may soon make: all but those whose messages are held."""
         for job in list(self.jobs.values()):
-            if job.delivery.source.holds(job.delivery):
+            # One that is acknowledged early is the store's as soon as its beginning is recorded.
+            if not job.kept and job.delivery.source.holds(job.delivery):
                 continue
             if job.phase is JobPhase.STARTING:
                 self._conclude(job, Outcome(AttemptState.INTERRUPTED, JobState.QUEUED, ABANDONED))
