@@ -307,6 +307,18 @@ def test_a_broken_message_does_not_overwrite_the_record_whose_id_it_carries(task
     assert (rejected["state"], rejected["message_id"]) == ("rejected", "mine")
 
 
+def test_a_broken_message_beside_a_good_one_with_its_id_gets_another(taskd, broker, name):
+    taskd.ask("PAUSE", "work")
+    broker.publish(b'{"task": ', message_id="both")
+    broker.publish({"task": "ok"}, message_id="both")
+    taskd.ask("RESUME", "work")
+    taskd.until("both", "succeeded")
+    until_settled(taskd)
+    [rejected] = taskd.rows("SELECT id, message_id FROM jobs WHERE state = 'rejected'")
+    assert rejected["message_id"] == "both" != rejected["id"]
+    assert broker.get(f"{name}.dead")[0].message_id == rejected["id"]
+
+
 def test_heartbeats_and_acknowledgements_go_on_while_the_daemon_drains(
     tmp_path, rabbitmq, vhost, name
 ):
