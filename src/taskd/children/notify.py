@@ -62,10 +62,11 @@ def prepare(directory: Path) -> None:
     # Whoever may write beside it can have put something else in its place.
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        if os.fstat(fd).st_uid != os.geteuid():
-            raise ValueError(f"{directory}: somebody else's; remove it, and taskd makes its own")
         if not os.geteuid():
+            os.fchown(fd, 0, -1)  # an earlier life may have been that of another user
             os.fchmod(fd, 0o711)  # jobs of other users find their own socket, and nothing else
+        elif os.fstat(fd).st_uid != os.geteuid():
+            raise ValueError(f"{directory}: somebody else's; remove it, and taskd makes its own")
     finally:
         os.close(fd)
     for entry in directory.iterdir():
