@@ -59,14 +59,11 @@ def prepare(directory: Path) -> None:
     if len(os.fsencode(directory)) + len("/4194304.4294967295") > PATH_MAX:
         raise ValueError(f"{directory}: too long for the path of a socket ({PATH_MAX} bytes)")
     directory.mkdir(parents=True, exist_ok=True)
-    # Whoever may write beside it can have put something else in its place.
+    # Whoever may write beside it can have put a link in its place.
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         if not os.geteuid():
-            os.fchown(fd, 0, -1)  # an earlier life may have been that of another user
             os.fchmod(fd, 0o711)  # jobs of other users find their own socket, and nothing else
-        elif os.fstat(fd).st_uid != os.geteuid():
-            raise ValueError(f"{directory}: somebody else's; remove it, and taskd makes its own")
     finally:
         os.close(fd)
     for entry in directory.iterdir():
