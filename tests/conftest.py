@@ -1,18 +1,19 @@
-"""What a run says and proves about itself, and what a test may ask of the machine."""
+"""What a run says and proves about itself, and what its tests share."""
 
 import importlib.metadata
 import importlib.util
 import os
-import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
 
 from tests.support import cgroups
+from tests.support.needs import needs_rabbitmq
 from tests.support.rabbitmq import Node, shared_node
+from tests.support.servers import DRIVERS, SharedStore, shared_server
 from tests.support.sharing import Meeting
 
 # Distribution and module, as they differ.
@@ -26,27 +27,6 @@ RUNS_ON = {
 }
 AWAITED = (signal.SIGCHLD, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 DEBIAN = Path("/usr/lib/python3/dist-packages")
-
-
-def needs(tool: str) -> str:
-    """The path of a program. Without it the test is skipped, or fails where CI is set."""
-    path = shutil.which(tool, path=os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin")
-    return path or cannot_run(f"{tool} is not installed; `make test` run by root installs it")
-
-
-def needs_rabbitmq() -> None:
-    """The RabbitMQ that this run tests with."""
-    if not os.environ.get("RABBITMQ_OF"):
-        needs("rabbitmq-server")
-    elif needs("mmdebstrap") and os.geteuid() != 0:
-        cannot_run("only root can make a tree of another Debian, and run its RabbitMQ there")
-
-
-def cannot_run(reason: str) -> NoReturn:
-    """Skip this test, or this module, saying why; where CI is set that is a failure."""
-    if os.environ.get("CI"):
-        pytest.fail(f"cannot run here: {reason}", pytrace=False)
-    pytest.skip(reason, allow_module_level=True)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -129,3 +109,24 @@ def vhost(rabbitmq: Node) -> str:
     name = f"vhost-{os.getpid()}"
     rabbitmq.add_vhost(name)
     return name
+
+
+@pytest.fixture(params=DRIVERS)
+def driver(request: pytest.FixtureRequest) -> str:
+    """Each driver that a shared store may be used through."""
+    return str(request.param)
+
+
+@pytest.fixture
+def shared_store(driver: str, meeting: Meeting) -> Iterator[SharedStore]:
+    with SharedStore(driver, shared_server(meeting, driver)) as shared:
+        yield shared
+
+
+@pytest.fixture
+def group() -> Iterator[Path]:
+    """A control group as a service has one: delegated to whoever enters it."""
+    if cgroups.available() is None:
+        pytest.skip("this process may not make cgroups below its own")
+    with cgroups.delegated_group() as path:
+        yield path

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.cgroups import available, delegated_group, entering, jobs_of, members
+from tests.support.cgroups import entering, jobs_of, members
 from tests.support.daemon import Taskd
+from tests.support.processes import ORPHAN, alive
 from tests.support.waiting import wait_until
 
 CONFIG = """
@@ -15,15 +16,15 @@ CONFIG = """
 url = embedded:
 
 [task:litter]
-command = /usr/bin/python3 -IS @dir@/daemon.py exit
+command = /usr/bin/python3 -IS @orphan@ 3
 
 [task:stuck]
-command = /usr/bin/python3 -IS @dir@/daemon.py stay
+command = /usr/bin/python3 -IS @orphan@ stay
 timeout = 500ms
 stop_timeout = 300ms
 
 [task:keep]
-command = /usr/bin/python3 -IS @dir@/daemon.py exit
+command = /usr/bin/python3 -IS @orphan@ 3
 leave_children = yes
 
 [task:burn]
@@ -43,40 +44,10 @@ pids_max = 50
 command = /bin/true
 pids_max = 10
 """
-# A daemon as of old: two forks, a session of its own, deaf to TERM, no parent, no pipes.
-DAEMON = """
-import os, signal, sys
-signal.signal(signal.SIGTERM, signal.SIG_IGN)
-reading, writing = os.pipe()
-if os.fork() == 0:
-    os.setsid()
-    if os.fork():
-        os._exit(0)
-    os.write(writing, b"%d" % os.getpid())
-    for fd in 0, 1, 2:
-        os.dup2(os.open("/dev/null", os.O_RDWR), fd)
-    os.close(writing)
-    signal.pause()
-os.close(writing)
-os.wait()
-print(os.read(reading, 100).decode(), flush=True)
-if sys.argv[1] == "stay":
-    signal.pause()
-sys.exit(3)
-"""
-
-
-@pytest.fixture
-def group():
-    if available() is None:
-        pytest.skip("this process may not make cgroups below its own")
-    with delegated_group() as path:
-        yield path
 
 
 def start(directory: Path, *prefix: str) -> Taskd:
-    (directory / "daemon.py").write_text(DAEMON)
-    taskd = Taskd(directory, CONFIG)
+    taskd = Taskd(directory, CONFIG.replace("@orphan@", ORPHAN))
     taskd.prefix = [*prefix]
     return taskd
 
@@ -85,13 +56,6 @@ def start(directory: Path, *prefix: str) -> Taskd:
 def taskd(tmp_path, group):
     with start(tmp_path, *entering(group)) as taskd:
         yield taskd
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def test_what_a_job_leaves_behind_is_gone_when_its_outcome_is_told(taskd, group):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.daemon import Taskd
+from tests.support.processes import alive
 from tests.support.trace import system_calls
 from tests.support.waiting import wait_until
 
@@ -49,13 +50,6 @@ def pids(taskd, count):
         lambda: path.exists() and len(path.read_text().split()) >= count and path.read_text()
     )
     return [int(pid) for pid in lines.split()]
-
-
-def alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def go(taskd):

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from taskd.journal import MessageId
-from tests.conftest import cannot_run, needs
 from tests.support.daemon import Taskd
 from tests.support.datagrams import Receiver
 from tests.support.debian import APART
 from tests.support.frozen import frozen
+from tests.support.needs import cannot_run, needs
 from tests.support.waiting import wait_until
 
 CONFIG = """

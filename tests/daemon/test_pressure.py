@@ -7,7 +7,7 @@ import uuid
 import pytest
 
 from tests.daemon.test_rabbitmq import Broker, until_up
-from tests.support.cgroups import available, delegated_group, entering
+from tests.support.cgroups import entering
 from tests.support.daemon import Taskd
 from tests.support.trace import system_calls
 from tests.support.waiting import wait_until
@@ -32,17 +32,9 @@ OTHERS = "memory_pressure_limit = 99%\nio_pressure_limit = 99%"
 
 
 @pytest.fixture
-def group():
-    if available() is None:
-        pytest.skip("this process may not make cgroups below its own")
-    with delegated_group() as path:
-        if not (path / "cpu.pressure").exists():
-            pytest.skip("this kernel does not tell pressure (PSI)")
-        yield path
-
-
-@pytest.fixture
 def taskd(tmp_path, group, rabbitmq, vhost):
+    if not (group / "cpu.pressure").exists():
+        pytest.skip("this kernel does not tell pressure (PSI)")
     name = f"work-{uuid.uuid4().hex[:8]}"
     config = CONFIG.replace("@url@", rabbitmq.url(vhost)).replace("@name@", name)
     config = config.replace("@cpu@", str(min(os.sched_getaffinity(0))))

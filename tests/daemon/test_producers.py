@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import needs
 from tests.support.daemon import Taskd
+from tests.support.needs import needs
 from tests.support.rabbitmq import Node
 from tests.support.waiting import wait_until
 

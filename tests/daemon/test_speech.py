@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from tests.conftest import needs
 from tests.support.daemon import Taskd
+from tests.support.needs import needs
 from tests.support.waiting import wait_until
 
 CONFIG = """

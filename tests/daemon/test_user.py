@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from taskd.errors import EX_CONFIG
-from tests.conftest import needs
 from tests.support.daemon import Taskd
+from tests.support.needs import needs
 
 CONFIG = """
 [queue:work]

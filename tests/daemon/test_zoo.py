@@ -7,9 +7,7 @@ from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
-import pytest
-
-from tests.support.cgroups import available, delegated_group, entering, jobs_of, members
+from tests.support.cgroups import entering, jobs_of, members
 from tests.support.daemon import Taskd
 from tests.support.waiting import wait_until
 from tests.support.zoo import animals, sections
@@ -26,14 +24,6 @@ log_level = warning
 url = embedded:
 
 """
-
-
-@pytest.fixture
-def group():
-    if available() is None:
-        pytest.skip("this process may not make cgroups below its own")
-    with delegated_group() as path:
-        yield path
 
 
 def test_a_zoo_leaves_nothing_behind(tmp_path, group, record_property):

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import needs_rabbitmq
 from tests.faults.scene import CONFIG, scene
 from tests.support.certificates import authority, certificate
+from tests.support.needs import needs_rabbitmq
 from tests.support.proxy import Proxy
 from tests.support.rabbitmq import running_server
 from tests.support.waiting import wait_until

@@ -4,8 +4,8 @@ from collections import Counter
 
 import pytest
 
-from tests.conftest import needs_rabbitmq
 from tests.faults.scene import CONFIG, scene
+from tests.support.needs import needs_rabbitmq
 from tests.support.rabbitmq import running_server
 from tests.support.waiting import wait_until
 

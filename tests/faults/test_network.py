@@ -8,8 +8,8 @@ from collections import Counter
 
 import pytest
 
-from tests.conftest import needs_rabbitmq
 from tests.faults.scene import CONFIG, scene
+from tests.support.needs import needs_rabbitmq
 from tests.support.proxy import Fault, Proxy
 from tests.support.rabbitmq import running_server
 from tests.support.waiting import wait_until

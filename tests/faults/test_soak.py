@@ -2,8 +2,8 @@
 
 import random
 
-from tests.conftest import needs_rabbitmq
 from tests.faults.soak import run
+from tests.support.needs import needs_rabbitmq
 
 FAULTS = 8  # kinds of them; a minute is enough for all
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import cannot_run
 from tests.faults.scene import Scene, scene
 from tests.support.disks import ReadOnlyDisk, SmallDisk, may_mount
+from tests.support.needs import cannot_run
 from tests.support.waiting import wait_until
 
 WATCHDOG = {"WATCHDOG_USEC": "1000000"}

@@ -4,27 +4,14 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.conftest import needs_rabbitmq
 from tests.hosts.fleet import HOSTS
 from tests.support.hosts import HOME, Network
+from tests.support.needs import needs_rabbitmq
 from tests.support.rabbitmq import RabbitServer, running_server
-from tests.support.servers import DRIVERS, SharedStore, make_server, shared_server
-from tests.support.sharing import Meeting
+from tests.support.servers import DRIVERS, make_server
 
 # psycopg 3, where SQLAlchemy knows it.
 POSTGRESQL = DRIVERS[-2]
-
-
-@pytest.fixture(params=DRIVERS)
-def driver(request: pytest.FixtureRequest) -> str:
-    """Each driver that a shared store may be used through."""
-    return str(request.param)
-
-
-@pytest.fixture
-def shared_store(driver: str, meeting: Meeting) -> Iterator[SharedStore]:
-    with SharedStore(driver, shared_server(meeting, driver)) as shared:
-        yield shared
 
 
 # Hosts in networks of their own, and servers that they reach

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import needs
 from tests.support.datagrams import Receiver
+from tests.support.needs import needs
 
 EXAMPLES = Path(__file__).parents[2] / "packaging" / "examples"
 LIMIT = 30.0

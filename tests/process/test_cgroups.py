@@ -15,9 +15,10 @@ from taskd.kernel import cgroup
 from taskd.kernel.cgroup import Groups
 from taskd.kernel.loop import Loop
 from taskd.states import ChildState
-from tests.conftest import needs
-from tests.support.cgroups import available, delegated_group, jobs_of, members
+from tests.support.cgroups import available, jobs_of, members
 from tests.support.children import Nursery, Run
+from tests.support.needs import needs
+from tests.support.processes import ORPHAN, alive, descriptors
 from tests.support.turning import turn
 
 if available() is None:
@@ -59,32 +60,11 @@ void _start(void) {
         syscall(SYS_ppoll, 0, 0, 0, 0);
 }
 """
-# A daemon as of old: two forks, a session of its own, deaf to TERM, no parent, no pipes.
-DAEMON = """
-import os, signal, sys
-signal.signal(signal.SIGTERM, signal.SIG_IGN)
-reading, writing = os.pipe()
-if os.fork() == 0:
-    os.setsid()
-    if os.fork():
-        os._exit(0)
-    os.write(writing, b"%d" % os.getpid())
-    null = os.open("/dev/null", os.O_RDWR)
-    for fd in 0, 1, 2:
-        os.dup2(null, fd)
-    os.close(writing)
-    signal.pause()
-    os._exit(0)
-os.close(writing)
-print(os.read(reading, 100).decode(), flush=True)
-os.wait()
-"""
 
 
 @pytest.fixture
-def delegated() -> Iterator[Path]:
-    with delegated_group() as path:
-        yield path
+def delegated(group: Path) -> Path:
+    return group
 
 
 @pytest.fixture
@@ -97,15 +77,8 @@ def python(nursery: Nursery, script: str, **launch: object) -> Run:
     return nursery.start(sys.executable, "-I", "-S", "-c", script, **launch)
 
 
-def descriptors() -> list[str]:
-    return sorted(entry.name for entry in Path("/proc/self/fd").iterdir())
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+def orphan(nursery: Nursery, end: str, **launch: object) -> Run:
+    return nursery.start(sys.executable, "-I", "-S", ORPHAN, end, **launch)
 
 
 def group_path(run: Run) -> str | None:
@@ -194,7 +167,7 @@ def test_who_moved_to_another_group_is_killed_all_the_same(
 def test_a_group_in_which_somebody_lives_on_is_not_given_to_another_child(
     nursery: Nursery, delegated: Path
 ) -> None:
-    first = python(nursery, DAEMON + "sys.exit(0)", leave_children=True, group="a")
+    first = orphan(nursery, "0", leave_children=True, group="a")
     second = nursery.shell("cat /proc/self/cgroup", group="a")
     nursery.finish(first, second)
     assert b"/job-a~1\n" in second.child.output.tail()
@@ -205,7 +178,7 @@ def test_a_group_in_which_somebody_lives_on_is_not_given_to_another_child(
 def test_a_daemon_that_ignores_term_ends_with_the_job_that_started_it(
     nursery: Nursery, delegated: Path
 ) -> None:
-    run = python(nursery, DAEMON + "sys.exit(3)")
+    run = orphan(nursery, "3")
     nursery.finish(run)
     assert run.exit.code == 3
     # The outcome waited for it: nothing of the job is there when it is told.
@@ -216,7 +189,7 @@ def test_a_daemon_that_ignores_term_ends_with_the_job_that_started_it(
 def test_the_ladder_ends_with_the_death_of_the_whole_group(
     nursery: Nursery, delegated: Path
 ) -> None:
-    run = python(nursery, DAEMON + "signal.pause()", stop_timeout=100)
+    run = orphan(nursery, "stay", stop_timeout=100)
     nursery.until(lambda: run.child.output.total)
     daemon = int(run.child.output.tail())
     run.child.stop("cancelled")
@@ -232,7 +205,7 @@ def test_the_ladder_ends_with_the_death_of_the_whole_group(
 def test_who_may_leave_children_leaves_them_until_the_daemon_ends(
     nursery: Nursery, delegated: Path
 ) -> None:
-    run = python(nursery, DAEMON + "sys.exit(0)", leave_children=True)
+    run = orphan(nursery, "0", leave_children=True)
     short = nursery.shell("(read x <&3; :) 3<&0 & exit 0", leave_children=True)
     nursery.finish(run, short)
     daemon = int(run.child.output.tail())
@@ -313,8 +286,8 @@ def test_close_leaves_no_process_and_no_group(delegated: Path) -> None:
     before = descriptors()
     with Nursery(groups=Groups(delegated)) as nursery:
         runs = [
-            python(nursery, DAEMON + "signal.pause()"),
-            python(nursery, DAEMON + "sys.exit(0)", leave_children=True),
+            orphan(nursery, "stay"),
+            orphan(nursery, "0", leave_children=True),
         ]
         nursery.until(lambda: all(run.child.output.total for run in runs))
     assert jobs_of(delegated) == []

@@ -12,23 +12,13 @@ from taskd.errors import SpawnError
 from taskd.kernel.process import descendants
 from taskd.states import ChildState
 from tests.support.children import Nursery, Run
+from tests.support.processes import alive, descriptors
 
 
 @pytest.fixture
 def nursery() -> Iterator[Nursery]:
     with Nursery() as nursery:
         yield nursery
-
-
-def descriptors() -> list[str]:
-    return sorted(entry.name for entry in Path("/proc/self/fd").iterdir())
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def said(run: Run) -> list[int]:

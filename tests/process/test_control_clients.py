@@ -17,8 +17,8 @@ from taskd.control import resp, server
 from taskd.control.connection import Limits
 from taskd.control.server import Server
 from taskd.kernel.loop import Loop
-from tests.conftest import needs
 from tests.support.control import RESP2, Desk, Serving
+from tests.support.needs import needs
 from tests.support.waiting import wait_until
 
 PASSWORD = "sehr geheim"

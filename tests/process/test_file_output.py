@@ -10,8 +10,9 @@ import pytest
 from taskd.children.file import FileOutput
 from taskd.errors import SpawnError
 from taskd.kernel.loop import Loop
-from tests.conftest import cannot_run
 from tests.support.children import Nursery
+from tests.support.needs import cannot_run
+from tests.support.processes import descriptors
 
 KEEP = 100
 
@@ -166,7 +167,3 @@ def test_a_new_file_is_the_owners_and_null_is_nobodys(loop: Loop, path: Path) ->
     FileOutput(loop, str(path), 100, owner=NOBODY).close()
     FileOutput(loop, "/dev/null", 0, owner=NOBODY).close()
     assert (path.stat().st_uid, path.stat().st_gid) == NOBODY
-
-
-def descriptors() -> list[str]:
-    return sorted(entry.name for entry in Path("/proc/self/fd").iterdir())

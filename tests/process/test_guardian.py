@@ -11,6 +11,7 @@ from taskd.children.guardian import RESTART_EVERY, Guardian
 from taskd.children.notify import mark
 from taskd.kernel.process import descendants
 from tests.support.children import Nursery
+from tests.support.processes import alive
 from tests.support.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -30,13 +31,6 @@ with Nursery(guardian=guardian) as nursery:
     print(guardian.pid, *(run.child.pid for run in runs), flush=True)
     nursery.until(lambda: False, limit=1000)
 """
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def deaf(pid: int) -> bool:

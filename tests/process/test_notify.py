@@ -21,9 +21,9 @@ from taskd.children.notify import (
 from taskd.kernel.cgroup import Groups
 from taskd.kernel.loop import Loop
 from taskd.states import ChildState
-from tests.conftest import needs
-from tests.support import cgroups
 from tests.support.children import Nursery
+from tests.support.needs import needs
+from tests.support.processes import descriptors
 
 # Speaks as sd_notify(3) does: each argument is a datagram.
 SEND = """
@@ -153,10 +153,6 @@ def test_descriptors_that_come_along_never_enter_our_table(nursery: Nursery) -> 
     assert descriptors() == before
 
 
-def descriptors() -> list[str]:
-    return sorted(entry.name for entry in Path("/proc/self/fd").iterdir())
-
-
 def test_a_sender_with_another_uid_is_not_heard(tmp_path: Path) -> None:
     loop = Loop()
     heard: list[Notice] = []
@@ -254,13 +250,8 @@ def test_another_job_cannot_speak_for_a_job(nursery: Nursery, tmp_path: Path) ->
     assert forged(nursery, tmp_path) == [Notice(status="own")]
 
 
-def test_another_job_in_its_cgroup_cannot_speak_for_a_job(tmp_path: Path) -> None:
-    if cgroups.available() is None:
-        pytest.skip("this process may not make cgroups below its own")
-    with (
-        cgroups.delegated_group() as group,
-        Nursery(notify_directory=tmp_path / "notify", groups=Groups(group)) as nursery,
-    ):
+def test_another_job_in_its_cgroup_cannot_speak_for_a_job(tmp_path: Path, group: Path) -> None:
+    with Nursery(notify_directory=tmp_path / "notify", groups=Groups(group)) as nursery:
         assert forged(nursery, tmp_path) == [Notice(status="own")]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from taskd.kernel.loop import Loop
 from taskd.kernel.pressure import Gauge, pressure_file
-from tests.conftest import cannot_run
+from tests.support.needs import cannot_run
 
 NOBODY = 65534
 

@@ -10,6 +10,7 @@ import pytest
 
 from taskd.errors import SpawnError
 from taskd.kernel.spawn import memfd, spawn
+from tests.support.processes import descriptors
 
 # What a child is born with, told on its stdout.
 TELL = """
@@ -56,10 +57,6 @@ def tell(payload: bytes = b"", directory: str | None = None) -> dict[str, object
     assert code == 0
     told: dict[str, object] = json.loads(output)
     return told
-
-
-def descriptors() -> list[str]:
-    return sorted(entry.name for entry in Path("/proc/self/fd").iterdir())
 
 
 def refusal(*argv: str, directory: str | None = None) -> SpawnError:

@@ -9,9 +9,9 @@ import pytest
 
 from taskd.queues.delivery import Message
 from taskd.states import LinkState
-from tests.conftest import needs_rabbitmq
 from tests.queues.rabbit import Rabbit
 from tests.support.certificates import authority, certificate
+from tests.support.needs import needs_rabbitmq
 from tests.support.rabbitmq import running_server
 from tests.support.turning import turn
 

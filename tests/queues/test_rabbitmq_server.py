@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import needs_rabbitmq
+from tests.support.needs import needs_rabbitmq
 from tests.support.waiting import wait_until
 
 # As the kernel writes 127.0.0.1 and ::1.

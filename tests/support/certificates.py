@@ -3,7 +3,7 @@
 import subprocess
 from pathlib import Path
 
-from tests.conftest import needs
+from tests.support.needs import needs
 
 
 def authority(directory: Path, name: str) -> None:

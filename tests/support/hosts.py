@@ -8,7 +8,7 @@ import os
 import subprocess
 from collections.abc import Sequence
 
-from tests.conftest import cannot_run, needs
+from tests.support.needs import cannot_run, needs
 
 PREFIX = "tkd"
 HOME = 0  # the number of the machine itself on the network

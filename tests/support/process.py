@@ -3,7 +3,6 @@
 Databases refuse to run as root, so that root becomes `nobody` for them.
 """
 
-import ctypes
 import os
 import pwd
 import shutil
@@ -15,9 +14,9 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from tests.support.tied import tied
+
 PATIENCE = 60.0
-_PR_SET_PDEATHSIG = 1
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def free_port(address: str = "127.0.0.1") -> int:
@@ -55,13 +54,6 @@ class Process:
     def spawn(self, argv: Sequence[str], ready: Callable[[], bool]) -> None:
         """Start the server, and return once it is ready. From the main thread: the death signal
         follows the thread that started it."""
-        parent = os.getpid()
-
-        def tie() -> None:
-            _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-            if os.getppid() != parent:
-                os._exit(1)
-
         with (self.directory / "log").open("ab") as log:
             self._process = subprocess.Popen(
                 argv,
@@ -71,7 +63,7 @@ class Process:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                preexec_fn=tie,
+                preexec_fn=tied(),
                 **self._who,  # type: ignore[call-overload]
             )
         deadline = time.monotonic() + PATIENCE

@@ -9,7 +9,6 @@ the one of that release, run with a tree of it as its root directory.
 """
 
 import contextlib
-import ctypes
 import os
 import secrets
 import shutil
@@ -26,10 +25,10 @@ from typing import Any
 
 from tests.support import debian
 from tests.support.sharing import Meeting
+from tests.support.tied import tied
 
 SCRIPTS = Path("/usr/lib/rabbitmq/bin")
 PATIENCE = 60.0
-_PR_SET_PDEATHSIG = 1
 # A server sees its own tree, but our processes, devices and the files of the test.
 _INSIDE = """
 tree=$1 files=/$(echo "$2" | cut -d/ -f2); shift 2
@@ -39,7 +38,6 @@ for each in /proc /dev "$files"; do
 done
 exec chroot "$tree" "$@"
 """
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def tree() -> str:
@@ -245,13 +243,6 @@ class RabbitServer:
         return self.node.ctl(*words)
 
     def _spawn(self, argv: list[str]) -> subprocess.Popen[bytes]:
-        parent = os.getpid()
-
-        def tie() -> None:
-            _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-            if os.getppid() != parent:
-                os._exit(1)
-
         with (self._directory / "console").open("ab") as console:
             return subprocess.Popen(
                 argv,
@@ -261,7 +252,7 @@ class RabbitServer:
                 stdout=console,
                 stderr=console,
                 start_new_session=True,
-                preexec_fn=tie,
+                preexec_fn=tied(),
             )
 
     def _end(self, number: signal.Signals) -> None:

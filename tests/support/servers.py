@@ -11,8 +11,8 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.pool import NullPool
 
-from tests.conftest import cannot_run, needs
 from tests.support.mariadb import Mariadb
+from tests.support.needs import cannot_run, needs
 from tests.support.postgresql import Postgresql, binaries
 from tests.support.sharing import Meeting
 from tests.support.store import Store

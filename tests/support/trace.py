@@ -4,7 +4,7 @@ import signal
 import subprocess
 from pathlib import Path
 
-from tests.conftest import needs
+from tests.support.needs import needs
 
 
 def system_calls(pid: int, output: Path, *, seconds: float, only: str = "all") -> list[str]:

@@ -23,8 +23,8 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import cannot_run
 from tests.support.debian import RELEASES, image
+from tests.support.needs import cannot_run
 from tests.systemd.machine import INSTALL_LIMIT, Machine, booted, hindrance
 from tests.systemd.package import package
 from tests.systemd.taskd import Taskd

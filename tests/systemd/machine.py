@@ -5,7 +5,6 @@ when it is off. It lives in a pid namespace of its own, whose first process is k
 as soon as the process that booted it is gone. So nothing is left, however the tests end.
 """
 
-import ctypes
 import json
 import os
 import secrets
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.debian import APART, ENVIRON
+from tests.support.tied import tied
 from tests.support.waiting import wait_until
 
 # Ten times what a machine with two loaded processors takes.
@@ -25,7 +25,6 @@ BOOT_LIMIT = 300.0
 OFF_LIMIT = 60.0
 COMMAND_LIMIT = 300.0
 INSTALL_LIMIT = 600.0
-PR_SET_PDEATHSIG = 1
 TOOLS = "systemd-nspawn mmdebstrap dpkg-buildpackage dh_python3 unshare nsenter setpriv"
 
 # A cgroup2 of its own view, so that it does not matter how this machine mounts its cgroups; then a
@@ -257,7 +256,7 @@ def booted(release: str, image: Path, directory: Path) -> Iterator[Machine]:
             stdout=output,
             stderr=output,
             start_new_session=True,
-            preexec_fn=_die_with_parent,
+            preexec_fn=tied(),
         )
     machine = Machine(release, name, process, console)
     try:
@@ -265,10 +264,6 @@ def booted(release: str, image: Path, directory: Path) -> Iterator[Machine]:
         yield machine
     finally:
         machine.power_off()
-
-
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def hindrance() -> str:

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from taskd import __version__
-from tests.conftest import needs
 from tests.support.debian import ROOT, run
+from tests.support.needs import needs
 from tests.systemd.machine import Machine
 from tests.systemd.taskd import BASIC, Taskd
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.conftest import needs
+from tests.support.needs import needs
 
 
 def test_a_tool_that_is_there_is_given_by_its_path():

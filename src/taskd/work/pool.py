@@ -371,14 +371,7 @@ class Pool:
     def interrupt(self, *, kill: bool) -> None:
         """Stop every running job; each goes back to its queue."""
         for job in list(self.jobs.values()):
-            if job.phase is JobPhase.STARTING:
-                reason = "interrupted by a stop"
-                self._conclude(job, Outcome(AttemptState.INTERRUPTED, JobState.QUEUED, reason))
-            elif job.phase is JobPhase.RUNNING and job.child is not None:
-                if kill:
-                    job.child.kill("interrupted")
-                else:
-                    job.child.stop("interrupted")
+            self._end(job, "interrupted", "interrupted by a stop", kill=kill)
 
     def abandon(self, *, kill: bool) -> None:
         """End the attempts that others may soon make: all but those whose messages are held."""
@@ -386,13 +379,17 @@ class Pool:
             # One that is acknowledged early is the store's as soon as its beginning is recorded.
             if not job.kept and job.delivery.source.holds(job.delivery):
                 continue
-            if job.phase is JobPhase.STARTING:
-                self._conclude(job, Outcome(AttemptState.INTERRUPTED, JobState.QUEUED, ABANDONED))
-            elif job.phase is JobPhase.RUNNING and job.child is not None:
-                if kill:
-                    job.child.kill("abandoned")
-                else:
-                    job.child.stop("abandoned")
+            self._end(job, "abandoned", ABANDONED, kill=kill)
+
+    def _end(self, job: Job, why: str, reason: str, *, kill: bool) -> None:
+        """End an attempt, for a `reason` that is nothing of the job's own."""
+        if job.phase is JobPhase.STARTING:
+            self._conclude(job, Outcome(AttemptState.INTERRUPTED, JobState.QUEUED, reason))
+        elif job.phase is JobPhase.RUNNING and job.child is not None:
+            if kill:
+                job.child.kill(why)
+            else:
+                job.child.stop(why)
 
     def configure(self, config: Config) -> None:
         """Work by another configuration from now on; running jobs keep their task."""
