@@ -217,10 +217,6 @@ class RabbitServer:
         assert self._server is not None
         self._server.send_signal(signal.SIGCONT)
 
-    def restart(self) -> None:
-        self.stop()
-        self.start()
-
     def close(self) -> None:
         """End everything and remove every file. Safe to repeat."""
         self.kill()

@@ -55,7 +55,6 @@ def test_an_empty_file_is_all_defaults(write: Write) -> None:
     assert config == Config(settings=Settings(), queues={}, tasks={}, files=(path,))
     assert config.settings.store == "sqlite:////var/lib/taskd/taskd.db"
     assert config.settings.control == Path("/run/taskd/control.sock")
-    assert config.settings.control_address is None
     assert (config.settings.max_running, config.settings.drain_timeout) == (64, 90)
     assert (config.settings.keep_jobs, config.settings.log_level) == (30 * 86400, "info")
     assert config.settings.pressure_limits == {}
@@ -109,7 +108,6 @@ def test_every_option_is_read(write: Write, tmp_path: Path) -> None:
         *(8, 120, 604800, 5, 60, 40, 99.9, 5, "debug"),
     )
     assert settings.pressure_limits == {"memory": 40, "cpu": 99.9, "io": 5}
-    assert settings.control_address == ("::1", 6400)
     assert dataclasses.astuple(queue) == (
         *("q", "amqps://u:p@mq/%2f", "builds", "classic", False, "t", ("t", "u"), 1 << 20),
         *(("dlx", "key/1"), "early", "run", 3600, pem, pem, pem),

@@ -17,7 +17,6 @@ TASK = Task(name="t", command=compile_command("/bin/true", ["/bin/true"]), timeo
 ENDED = Exit(
     code=0,
     signal=None,
-    core=False,
     cpu_seconds=0.1,
     memory_peak=None,
     stopped=None,

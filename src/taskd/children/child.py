@@ -47,7 +47,6 @@ class Exit:
 
     code: int | None
     signal: int | None
-    core: bool  # whether it dumped core
     cpu_seconds: float  # of its cgroup; else its own, and of those it waited for
     memory_peak: int | None  # in bytes, of its cgroup; else None if it stayed below the daemon's
     stopped: str | None  # why it was stopped, if we did that
@@ -227,7 +226,6 @@ class Child:
         return Exit(
             code=os.WEXITSTATUS(status) if os.WIFEXITED(status) else None,
             signal=os.WTERMSIG(status) if os.WIFSIGNALED(status) else None,
-            core=os.WCOREDUMP(status),
             cpu_seconds=spent.cpu_seconds if spent is not None else cpu_seconds,
             memory_peak=spent.memory_peak if spent and spent.memory_peak is not None else peak,
             stopped=self._stopped,

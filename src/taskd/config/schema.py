@@ -251,14 +251,6 @@ class Settings:
         }
         return {resource: limit for resource, limit in limits.items() if limit is not None}
 
-    @property
-    def control_address(self) -> tuple[str, int] | None:
-        """`control_tcp` as `socket` takes it."""
-        if self.control_tcp is None:
-            return None
-        host, port = values.split_address(self.control_tcp)
-        return host, int(port)
-
     def conflicts(self) -> Iterator[tuple[str, str, str]]:
         """What is wrong only between two options: the key at fault, the other, the sentence."""
         if self.control_tcp and not self.control_password:
