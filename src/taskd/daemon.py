@@ -102,20 +102,9 @@ class Daemon:
         self.recorder = Recorder(
             self.loop, config.settings.store, daemon_id=daemon_id, on_state=self._on_store
         )
-        # Under systemd the unit's cgroup ends what we leave behind.
-        notify_directory = config.settings.control.parent / "notify"
-        guardian = None
-        if not service.under_systemd:
-            guardian = Guardian(notify.mark(notify_directory))
         self.containment = Containment()
         self.containment.keep(config.tasks.values())
-        self.children = Children(
-            self.loop,
-            sink,
-            notify_directory=notify_directory,
-            guardian=guardian,
-            groups=self.containment.groups,
-        )
+        self.children = self._make_children()
         self.events = Events()
         story = Story(self.events, sink.encode)
         self.pool = Pool(
@@ -141,20 +130,9 @@ class Daemon:
         self.admission = Admission(self.loop, hold=self.intake.hold, release=self.intake.release)
         self.admission.keep(config.settings.pressure_limits)
         self.pool.on_fill = self.admission.on_fill
-        self.lease = None
-        if not self.recorder.private:
-            self.lease = Lease(
-                self.loop,
-                self.recorder,
-                self.pool,
-                self.intake,
-                host=self.host,
-                length=config.settings.lease,
-                on_held=self._open_store,
-                on_lost=lambda: self.intake.hold(STORE),
-            )
+        self.lease = None if self.recorder.private else self._make_lease()
         self.retention = Retention(self.loop, self.recorder, config.settings.keep_jobs)
-        self._server = self._listen()
+        self._server = self._make_server()
 
     def run(self) -> int:
         """Work until stopped; the exit code."""
@@ -167,7 +145,31 @@ class Daemon:
             self._close()
         return 0
 
-    def _listen(self) -> Server:
+    def _make_children(self) -> Children:
+        directory = self.config.settings.control.parent / "notify"
+        # Under systemd the unit's cgroup ends what we leave behind.
+        guardian = None if self._service.under_systemd else Guardian(notify.mark(directory))
+        return Children(
+            self.loop,
+            self._sink,
+            notify_directory=directory,
+            guardian=guardian,
+            groups=self.containment.groups,
+        )
+
+    def _make_lease(self) -> Lease:
+        return Lease(
+            self.loop,
+            self.recorder,
+            self.pool,
+            self.intake,
+            host=self.host,
+            length=self.config.settings.lease,
+            on_held=self._open_store,
+            on_lost=lambda: self.intake.hold(STORE),
+        )
+
+    def _make_server(self) -> Server:
         settings = self.config.settings
         inherited = [one for sockets in self._service.inherited().values() for one in sockets]
         server = Server(
