@@ -32,10 +32,6 @@ umask = 0123
 command = /usr/bin/python3 -ISc "import os; [os.open('/dev/null', 0) for _ in range(30)]"
 limit_nofile = 20
 
-[task:noprogram]
-command = @dir@/there-at-first
-nice = 1
-
 [task:spin]
 command = /bin/sh -c 'while :; do :; done'
 limit_cpu = 1:2
@@ -50,9 +46,6 @@ echo; grep SigBlk /proc/self/status; ls /proc/self/fd | wc -l; cat
 @pytest.fixture
 def taskd(tmp_path):
     (tmp_path / "show").write_text(SHOW)
-    program = tmp_path / "there-at-first"
-    program.write_text("#!/bin/true\n")
-    program.chmod(0o755)
     with Taskd(tmp_path, CONFIG) as taskd:
         yield taskd
 
@@ -90,10 +83,3 @@ def test_processor_time_ends_a_job(taskd):
     row = taskd.until(taskd.submit("spin"), "failed")
     assert row["reason"] == "signal 24"  # SIGXCPU, at the soft limit
     assert row["cpu_seconds"] < 10
-
-
-def test_a_program_that_went_away_is_named_by_its_hop(taskd):
-    (taskd.directory / "there-at-first").unlink()
-    row = taskd.until(taskd.submit("noprogram"), "failed")
-    assert row["reason"] == "exit 127"
-    assert b"there-at-first" in row["output_tail"]

@@ -25,6 +25,7 @@ class Launch:
     """What to start, and how."""
 
     argv: tuple[str, ...]  # first the program, as an absolute path
+    hop: tuple[str, ...] = ()  # what stands before it, and becomes it
     environment: dict[str, str]  # all of it, but for NOTIFY_SOCKET
     directory: str | None = None
     payload: bytes = b""  # what it reads from stdin
@@ -34,7 +35,7 @@ class Launch:
     watchdog: float | None = None  # it is aborted when it has been silent for so long
     output: str | None = None  # a file for it, instead of the journal
     output_keep: int = 16 * 1024
-    owner: tuple[int, int] | None = None  # uid and gid that `argv` changes to
+    owner: tuple[int, int] | None = None  # uid and gid that `hop` changes to
     umask: int | None = None
     group: str = ""  # the name of its cgroup, among all children
     limits: Mapping[str, str] = field(default_factory=dict)  # files of its cgroup
@@ -123,6 +124,7 @@ def _bear(
         stderr=stderr,
         directory=launch.directory,
         umask=launch.umask,
+        hop=launch.hop,
     )
     if groups is None:
         born.pid = start()

@@ -27,16 +27,20 @@ from taskd.children.guardian import RESTART_EVERY, Guardian
 from taskd.children.notify import Notice
 from taskd.children.outlet import Outlet
 from taskd.children.output import Output
+from taskd.errors import SpawnError
 from taskd.journal import Sink
 from taskd.kernel.cgroup import Group, Groups, Usage, Watch
 from taskd.kernel.loop import Loop, Timer
 from taskd.kernel.process import exists, kill_group, kill_tree
+from taskd.kernel.spawn import hop_error
 from taskd.states import CHILD_MOVES, ChildState, move
 
 # How long somebody else may hold the pipes of a child that has exited.
 DRAIN_PATIENCE = 2.0
 # How long what was killed may take to be gone. A process in an uninterruptible wait takes longer.
 KILL_PATIENCE = 5.0
+# How prlimit, choom, nice and setpriv end that could not do their part, or not become the command.
+_HOP_FAILED = (1, 125, 126, 127)
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +57,7 @@ class Exit:
     oom: bool  # whether one of its processes was killed for want of memory
     wall_seconds: float  # from its spawn to its exit
     allowed: float | None  # for how long it might have run, at its end
+    unborn: SpawnError | None = None  # why its hop never became its command
 
 
 class Child:
@@ -223,8 +228,12 @@ class Child:
         own_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         peak = usage.ru_maxrss * 1024 if usage.ru_maxrss > own_peak else None
         cpu_seconds = usage.ru_utime + usage.ru_stime
+        code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else None
+        unborn = None
+        if self._launch.hop and code in _HOP_FAILED:
+            unborn = hop_error(self._launch.hop, self._launch.argv[0], self.output.tail())
         return Exit(
-            code=os.WEXITSTATUS(status) if os.WIFEXITED(status) else None,
+            code=code,
             signal=os.WTERMSIG(status) if os.WIFSIGNALED(status) else None,
             cpu_seconds=spent.cpu_seconds if spent is not None else cpu_seconds,
             memory_peak=spent.memory_peak if spent and spent.memory_peak is not None else peak,
@@ -232,6 +241,7 @@ class Child:
             oom=spent is not None and spent.oom_kills > 0,
             wall_seconds=self._exited - self._started,
             allowed=self._deadlines.allowed,
+            unborn=unborn,
         )
 
     def _kill_tree(self) -> None:

@@ -9,6 +9,7 @@ import errno
 import fcntl
 import os
 import signal
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -27,6 +28,8 @@ _TEXTS = {
     errno.ENFILE: "no more open files in the whole system for now",
     errno.ENOMEM: "no memory for now",
 }
+# What programs say of an error that exec gave them.
+_NUMBERS = {os.strerror(number): number for number in errno.errorcode}
 
 
 def spawn(
@@ -38,14 +41,19 @@ def spawn(
     stderr: int,
     directory: str | None = None,
     umask: int | None = None,
+    hop: tuple[str, ...] = (),
 ) -> int:
     """Start `argv[0]`, an absolute path, as the leader of a new session; returns its pid.
 
+    `hop` is a command that becomes `argv` at its end, `hop_error` what may come of that.
     The descriptors stay the caller's. A `directory` and a `umask` are the whole process's for a
     moment: no other thread may rely on relative paths, or make files whose mode matters and not
     set it. Raises SpawnError.
     """
     streams = (stdin, stdout, stderr)
+    if hop:
+        _look_at(argv[0])
+        argv = (*hop, *argv)
     if min(streams) > 2 and directory is None and umask is None:
         return _spawn(argv, env, streams)
     with contextlib.ExitStack() as stack:
@@ -72,9 +80,44 @@ def memfd(payload: bytes) -> int:
     return fd
 
 
+def hop_error(hop: tuple[str, ...], program: str, said: bytes) -> SpawnError | None:
+    """Why a child never became `program`, where all that it `said` is the word of its `hop`.
+
+    An exit code does not tell that: 126 and 127 may be the program's own, too.
+    """
+    tools = tuple(f"{name}: " for word in hop if word[0] == "/" for name in (word, Path(word).name))
+    lines = said.decode(errors="replace").splitlines()
+    if not lines or not all(line.startswith(tools) for line in lines):
+        return None
+    # "prlimit: failed to execute /usr/bin/x: Permission denied"; others than exec have no path.
+    number = _NUMBERS.get(lines[-1].rpartition(": ")[2])
+    if number is not None and program in lines[-1]:
+        return _program_error(program, OSError(number, os.strerror(number)))
+    return SpawnError(f"not started: {lines[-1]}", passing=False)
+
+
+def _look_at(program: str) -> None:
+    """Refuse what no hop can become, before there is a process for it."""
+    try:
+        mode = Path(program).stat().st_mode
+    except FileNotFoundError as error:
+        raise _program_error(program, error) from None
+    except OSError:
+        return  # the user that the hop changes to may see it
+    if not (stat.S_ISREG(mode) and mode & 0o111):
+        raise _program_error(program, OSError(errno.EACCES, os.strerror(errno.EACCES)))
+
+
 def _spawn_error(what: str, error: OSError) -> SpawnError:
     text = _TEXTS.get(error.errno or 0) or (error.strerror or str(error)).lower()
     return SpawnError(f"{what}: {text}", passing=error.errno in _PASSING)
+
+
+def _program_error(program: str, error: OSError) -> SpawnError:
+    reason = _program_reason(Path(program), error.errno)
+    if reason is not None:
+        return SpawnError(f"{program}: {reason}", passing=False)
+    return _spawn_error(program, error)
 
 
 def _spawn(argv: tuple[str, ...], env: Mapping[str, str], streams: tuple[int, int, int]) -> int:
@@ -90,10 +133,7 @@ def _spawn(argv: tuple[str, ...], env: Mapping[str, str], streams: tuple[int, in
             setsigdef=_SIGNALS,
         )
     except OSError as error:
-        reason = _program_reason(Path(argv[0]), error.errno)
-        if reason is not None:
-            raise SpawnError(f"{argv[0]}: {reason}", passing=False) from None
-        raise _spawn_error(argv[0], error) from None
+        raise _program_error(argv[0], error) from None
     except ValueError as error:  # a NUL or a lone surrogate: nothing that exec could carry
         raise SpawnError(f"{argv[0]}: {error}", passing=False) from None
 

@@ -24,7 +24,8 @@ def launch(job: Job, fields: Mapping[str, str]) -> Launch:
         environment["WATCHDOG_USEC"] = str(round(task.watchdog * 1e6))
     name = safe_name(job.id)
     return Launch(
-        argv=(*task.hop, *job.argv) if task.hop else job.argv,
+        argv=job.argv,
+        hop=task.hop,
         environment=environment,
         directory=task.directory,
         payload=job.delivery.body,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from taskd.children.child import Child, Exit
 from taskd.config.schema import Task
 from taskd.config.values import format_span
-from taskd.errors import EX_TEMPFAIL
+from taskd.errors import EX_TEMPFAIL, SpawnError
 from taskd.queues.delivery import Delivery
 from taskd.states import AttemptState, JobPhase, JobState
 from taskd.work.message import Order
@@ -115,6 +115,8 @@ class Job:
                 return self.fail(f"timeout after {format_span(round(exit.allowed, 3))}", jitter)
             case "watchdog":
                 return self.fail("watchdog", jitter)
+        if exit.unborn is not None:
+            return self.unborn(exit.unborn, jitter)
         if exit.oom and exit.code != 0:
             return self.fail("out-of-memory", jitter)
         if exit.signal is not None:
@@ -127,6 +129,13 @@ class Job:
         # Its last word on itself says more than a number does.
         said = f": {self.status}" if self.status else ""
         return self.fail(f"exit {exit.code}{said}", jitter)
+
+    def unborn(self, error: SpawnError, jitter: float) -> Outcome:
+        """Its command was never run."""
+        if error.passing:
+            reason = f"could not be started: {error}"
+            return Outcome(AttemptState.INTERRUPTED, JobState.QUEUED, reason)
+        return self.fail(str(error), jitter)
 
     def fail(self, reason: str, jitter: float) -> Outcome:
         """A failed attempt: tried again while retries last, then failed for good."""

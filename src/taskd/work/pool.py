@@ -242,12 +242,9 @@ class Pool:
                 on_notify=partial(self._speech.on_notify, job),
             )
         except SpawnError as error:
+            self._conclude(job, job.unborn(error, random.random()))
             if error.passing:
-                reason = f"could not be started: {error}"
-                self._conclude(job, Outcome(AttemptState.INTERRUPTED, JobState.QUEUED, reason))
                 self.on_no_spawn(str(error))
-            else:
-                self._conclude(job, job.fail(str(error), random.random()))
             return
         job.child = child
         self._move(job, JobPhase.RUNNING)
@@ -271,6 +268,8 @@ class Pool:
         if len(self._outputs) > OUTPUTS_KEPT:
             self._outputs.popitem(last=False)
         self._conclude(job, job.judge(exit, random.random()))
+        if exit.unborn is not None and exit.unborn.passing:
+            self.on_no_spawn(str(exit.unborn))
 
     def _conclude(self, job: Job, outcome: Outcome) -> None:
         """The attempt is over: record its outcome, then settle."""
