@@ -7,7 +7,6 @@ starting -> running -> draining -> stopped
 """
 
 import logging
-import os
 import signal
 import socket
 import uuid
@@ -21,6 +20,7 @@ from taskd.children.child import Children
 from taskd.children.guardian import Guardian
 from taskd.config import reader
 from taskd.config.diff import Diff, diff
+from taskd.config.powers import own_powers
 from taskd.config.schema import Config
 from taskd.config.values import format_span
 from taskd.control import commands, report
@@ -298,10 +298,10 @@ class Daemon:
         Raises ConfigError, with every problem, and then nothing has changed.
         """
         if dry:
-            return diff(self.config, reader.read(self.path, uid=os.geteuid())).lines()
+            return diff(self.config, reader.read(self.path, powers=own_powers())).lines()
         self._service.reloading()
         try:
-            config = reader.read(self.path, uid=os.geteuid())
+            config = reader.read(self.path, powers=own_powers())
             change = diff(self.config, config)
             self._apply(config, change)
         except ConfigError as error:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from taskd import __version__, journal
 from taskd.config import reader
+from taskd.config.powers import own_powers
 from taskd.errors import EX_CONFIG, ConfigError
 from taskd.journal import MessageId
 from taskd.service import Service, print_stacks_on_abort
@@ -28,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     sink = journal.open_sink(os.environ)
     handler = journal.install(sink)
     try:
-        config = reader.read(path, uid=os.geteuid())
+        config = reader.read(path, powers=own_powers())
     except ConfigError as error:
         log = logging.getLogger("taskd")
         for problem in error.problems:

@@ -5,7 +5,6 @@ import grp
 import os
 import pwd
 import re
-import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -145,38 +144,6 @@ def test_every_option_is_read(write: Write, tmp_path: Path) -> None:
 def split(words: Sequence[str], mark: str) -> tuple[list[str], list[str]]:
     at = list(words).index(mark)
     return [*words[:at]], [*words[at + 1 :]]
-
-
-def test_what_only_root_may_set_is_held_against_another_user_alone(write: Write) -> None:
-    others = "user = bin\nsupplementary_groups = bin\n"
-    more = "nice = -1\noom_score_adjust = -1\nlimit_nofile = 1073741824\n"
-    path = write(QUEUE + TASK + others + more)
-    assert read(path).tasks["t"].nice == -1
-    own = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    with pytest.raises(ConfigError) as told:
-        read(path, uid=1000)
-    found = [str(problem).partition("[task:t] ")[2] for problem in told.value.problems]
-    assert found == [
-        "user: only a taskd that runs as root can run jobs as somebody else",
-        "supplementary_groups: only a taskd that runs as root can set it",
-        "nice: only a taskd that runs as root can go below 0",
-        "oom_score_adjust: only a taskd that runs as root can go below 0",
-        f"limit_nofile: taskd itself has {own}, and cannot give more",
-    ]
-
-
-def test_a_taskd_that_runs_as_root_has_to_know_as_whom_jobs_run(write: Write) -> None:
-    path = write(QUEUE + TASK)
-    assert read(path).tasks["t"].owner is None
-    assert read(path, uid=1000).tasks["t"].owner is None
-    with pytest.raises(ConfigError) as told:
-        read(path, uid=0)
-    (problem,) = told.value.problems
-    assert str(problem).endswith(
-        ":3: [task:t]: taskd runs as root, so it must know as whom the jobs run: user = NAME"
-    )
-    own = read(write(QUEUE + TASK + f"user = {os.geteuid()}\n"), uid=0).tasks["t"]
-    assert (own.owner, own.hop) == (None, ())
 
 
 def test_who_a_job_runs_as_is_who_the_user_database_says(write: Write) -> None:

@@ -11,7 +11,6 @@ import grp
 import os
 import pwd
 import re
-import resource
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -229,28 +228,6 @@ def _privileges(options: Mapping[str, Any], who: Identity) -> list[str]:
     if options.get("no_new_privileges"):
         words.append("--no-new-privs")
     return words
-
-
-def forbidden(options: Mapping[str, Any], uid: int) -> dict[str, str]:
-    """What a daemon of this user cannot do for a task: option and sentence."""
-    if uid == 0:
-        what = "taskd runs as root, so it must know as whom the jobs run: user = NAME"
-        return {"": what} if options.get("user") is None else {}
-    problems = {}
-    if options.get("user") not in (None, str(uid), own_identity().name):
-        problems["user"] = "only a taskd that runs as root can run jobs as somebody else"
-    for key in "group", "supplementary_groups":
-        if options.get(key):
-            problems[key] = "only a taskd that runs as root can set it"
-    for key in "nice", "oom_score_adjust":
-        if (options.get(key) or 0) < 0:
-            problems[key] = "only a taskd that runs as root can go below 0"
-    for name in RLIMITS:
-        if (limit := options.get(f"limit_{name}")) is not None:
-            own = resource.getrlimit(getattr(resource, f"RLIMIT_{name.upper()}"))[1]
-            if own != resource.RLIM_INFINITY and (limit[1] is None or limit[1] > own):
-                problems[f"limit_{name}"] = f"taskd itself has {own}, and cannot give more"
-    return problems
 
 
 # What the C library obeys in a program before its first line: setpriv would, still as root.

@@ -16,6 +16,7 @@ from typing import Any
 
 from taskd.config import limits
 from taskd.config.command import DEFAULT_PATH, base_environment, find_program, locate
+from taskd.config.powers import Powers, forbidden
 from taskd.config.references import References, Undeclared
 from taskd.config.schema import SECTIONS, Config, Kind, Option, Queue, Settings, Task, options
 from taskd.config.tokens import Section, tokenize
@@ -28,13 +29,15 @@ _CONTINUATION = re.compile(r"(?<!\\)\\\n")
 _FORMS = "there are [taskd], [queue:NAME] and [task:NAME]"
 
 
-def read(path: Path, environ: Mapping[str, str] = os.environ, *, uid: int | None = None) -> Config:
+def read(
+    path: Path, environ: Mapping[str, str] = os.environ, *, powers: Powers | None = None
+) -> Config:
     """The whole configuration, checked; raises ConfigError with all that is wrong.
 
-    `uid` is that of the daemon that is to work by it; without one, what only some may do is not
-    held against it.
+    `powers` are those of the daemon that is to work by it; without them, what only some may do is
+    not held against it.
     """
-    reading = _Reading(environ, uid)
+    reading = _Reading(environ, powers)
     reading.load(path)
     config = reading.config()
     if reading.problems:
@@ -57,8 +60,8 @@ class _Draft:
 class _Reading:
     """One run of `read`. It goes on to the end whatever it finds, and gathers the problems."""
 
-    def __init__(self, environ: Mapping[str, str], uid: int | None) -> None:
-        self._uid = uid
+    def __init__(self, environ: Mapping[str, str], powers: Powers | None) -> None:
+        self._powers = powers
         self.files: list[Path] = []
         self.problems: list[Problem] = []
         self._environ = environ
@@ -233,8 +236,8 @@ class _Reading:
         if not who.ours:
             for name in filter(limits.loads_code, values.get("environment", {})):
                 self._complain(draft.section, "environment", limits.NO_LOADING.format(name=name))
-        if self._uid is not None:
-            for key, text in limits.forbidden(values, self._uid).items():
+        if self._powers is not None:
+            for key, text in forbidden(values, who, self._powers).items():
                 if key not in draft.failed:
                     self._complain(draft.section, key, text)
         return who
