@@ -68,12 +68,13 @@ class Fleet:
         slots: int = 8,
         lease: str = "30s",
         early: bool = False,
+        more: str = "",
         inside: Sequence[Sequence[str]] = (),
         ways: Sequence[Way] = (),
     ) -> None:
-        """`early`: whether messages are acknowledged when their jobs begin; `inside`: for each
-        daemon the words that run a command on its host; `ways`: how the first of them reach the
-        servers, where that is not straight."""
+        """`early`: whether messages are acknowledged when their jobs begin; `more`: further
+        sections; `inside`: for each daemon the words that run a command on its host; `ways`: how
+        the first of them reach the servers, where that is not straight."""
         self.directory = directory
         self.store = store
         self.queue = queue
@@ -91,6 +92,7 @@ class Fleet:
             config = CONFIG.format(
                 directory=directory, slots=slots, lease=lease, queue=way.queue or queue, name=name
             )
+            config += more
             home = directory / str(number)
             home.mkdir()
             taskd = Taskd(home, config, store=way.store or store.url)

@@ -1,8 +1,10 @@
 """Two daemons on one store: whose job is whose, through each driver."""
 
+import re
 import signal
 
 import pytest
+import sqlalchemy as sa
 from sqlalchemy.engine import make_url
 
 from tests.hosts.conftest import POSTGRESQL
@@ -55,6 +57,10 @@ def attempts(store):
     return [(row["state"], row["reason"]) for row in rows]
 
 
+def commits(taskd):
+    return int(re.search(r"(?m)^commits:(\d+)", taskd.ask("INFO"))[1])
+
+
 # Sharing
 
 
@@ -97,7 +103,7 @@ def test_a_redelivered_job_that_a_live_daemon_runs_is_not_started_but_waits(
     with Fleet(tmp_path, shared_store, queue=url, lease=SHORT, ways=ways) as fleet:
         one, other = begin(fleet, "long", 6)
         proxies[1].cut()
-        wait_until(lambda: "job long: another daemon is running it" in other.log)
+        wait_until(lambda: "job long: another daemon has it" in other.log)
         wait_until(lambda: not other.ask("QUEUES")[0]["unacked"])
         assert fleet.ids("end")["long"] == 0
         fleet.until_all("succeeded", 1, 60)
@@ -105,6 +111,32 @@ def test_a_redelivered_job_that_a_live_daemon_runs_is_not_started_but_waits(
         assert fleet.ids("begin")["long"] == 1
         assert attempts(shared_store) == [("succeeded", None)]
         assert "job long: succeeded" in one.log
+
+
+@any_store
+def test_the_message_of_a_job_that_waits_in_a_live_daemons_hands_waits_too(
+    tmp_path, shared_store, url, rabbitmq, vhost
+):
+    more = "\n[queue:rows]\nurl = embedded:\ntask = work\n"
+    with Fleet(tmp_path, shared_store, queue=url, lease="10s", slots=2, more=more) as fleet:
+        _, other = begin(fleet, "long", 12)
+        other.ask("PAUSE", "rows")
+        # Both are claimed in one go, while there is a slot for one of them.
+        row = "INSERT INTO jobs (id, task, queue, priority, payload) VALUES (:id, 'work', 'rows', "
+        with shared_store.engine.begin() as connection:
+            for id, priority, seconds in ("first", 1, "12"), ("next", 0, "0.1"):
+                body = f'{{"seconds": "{seconds}"}}'.encode()
+                connection.execute(sa.text(f"{row} {priority}, :body)"), {"id": id, "body": body})
+        wait_until(lambda: shared_store.row("next")["claimed_by"])
+        before = commits(other)
+        fleet.publish([("next", b'{"seconds": "0.1"}')])
+        wait_until(lambda: "job next: another daemon has it" in other.log)
+        wait_until(lambda: shared_store.row("next")["state"] == "succeeded", 60)
+        assert commits(other) - before < 10
+        fleet.until_all("succeeded", 3, 60)
+        assert fleet.ids("begin") == {"long": 1, "first": 1, "next": 1}
+        wait_until(lambda: not messages(rabbitmq, vhost, fleet.name))
+        assert attempts(shared_store) == [("succeeded", None)] * 3
 
 
 @any_store
@@ -135,7 +167,7 @@ def test_who_reaches_neither_store_nor_broker_ends_its_jobs_before_others_take_t
         for each in proxies:
             each.freeze()
         wait_until(lambda: fleet.ids("begin")["lost"] == 2, 60)
-        assert "job lost: the daemon that ran it died, it runs again" in other.log
+        assert "job lost: the daemon that had it died, it runs again" in other.log
         fleet.until_all("succeeded", 1, 60)
         for each in proxies:
             each.thaw()
@@ -184,7 +216,7 @@ def test_a_message_of_a_dead_daemon_waits_for_its_lease_and_is_run_by_the_other(
     with Fleet(tmp_path, shared_store, queue=url, lease=SHORT) as fleet:
         one, other = begin(fleet, "job", 4)
         one.signal(signal.SIGKILL)
-        wait_until(lambda: "job job: another daemon is running it" in other.log)
+        wait_until(lambda: "job job: another daemon has it" in other.log)
         fleet.until_all("succeeded", 1, 60)
         assert not fleet.ids("beside")
         assert attempts(shared_store) == [("interrupted", "its daemon died"), ("succeeded", None)]
@@ -225,7 +257,7 @@ def test_a_message_without_an_id_takes_over_from_a_dead_daemon(
     unnamed, shared_store, rabbitmq, vhost
 ):
     unnamed.daemons[0].signal(signal.SIGKILL)
-    wait_until(lambda: "another daemon is running it" in unnamed.daemons[1].log)
+    wait_until(lambda: "another daemon has it" in unnamed.daemons[1].log)
     unnamed.until_all("succeeded", 1, 60)
     assert len(shared_store.rows("SELECT id FROM jobs")) == 1
     assert attempts(shared_store) == [("interrupted", "its daemon died"), ("succeeded", None)]
@@ -236,7 +268,7 @@ def test_a_message_without_an_id_takes_over_from_a_dead_daemon(
 @any_store
 def test_a_message_without_an_id_is_not_run_beside_a_job_like_it(unnamed, proxies, rabbitmq, vhost):
     proxies[1].cut()
-    wait_until(lambda: "another daemon is running it" in unnamed.daemons[1].log)
+    wait_until(lambda: "another daemon has it" in unnamed.daemons[1].log)
     unnamed.until_all("succeeded", 2, 60)
     [first, second] = sorted(unnamed.times("begin"), key=unnamed.times("begin").get)
     assert unnamed.times("end")[first] < unnamed.times("begin")[second]
@@ -249,7 +281,7 @@ def test_a_message_without_an_id_that_waited_finds_its_job_where_it_runs(
 ):
     one, other = unnamed.daemons
     proxies[1].cut()
-    wait_until(lambda: "another daemon is running it" in other.log)
+    wait_until(lambda: "another daemon has it" in other.log)
     other.ask("PAUSE", "work")
     one.ask("RESUME", "work")
     wait_until(lambda: "its message came again, adopted" in one.log)

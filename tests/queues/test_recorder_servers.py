@@ -439,6 +439,31 @@ def test_a_message_without_an_id_waits_for_who_runs_its_like_and_takes_over_from
     assert shared_store.row("alive")["state"] == "running"
 
 
+@pytest.mark.parametrize("state", ["queued", "retrying", "running"])
+def test_what_a_daemon_has_is_freed_only_when_that_is_dead(
+    store: Store, shared_store: SharedStore, state: str
+) -> None:
+    asks(store, leases.renew, daemon_id="alive", host="h", pid=1, length=60.0)
+    for owner in "alive", "dead", "me":
+        store.write(started(owner, claimed_by=owner))
+    shared_store.run("UPDATE jobs SET state = :state", state=state)
+    rows = asks(store, statements.find, ids=["alive", "dead", "me"], daemon_id="me")
+    assert 0 < rows["alive"]["elsewhere"] <= 60
+    assert rows["dead"]["elsewhere"] == 0
+    assert "elsewhere" not in rows["me"]
+    take = partial(leases.take_over, owner="alive")
+    assert not asks(store, take, id="alive")
+    assert not asks(store, take, id="dead")  # it is another's
+    take = partial(leases.take_over, id="dead", owner="dead")
+    assert asks(store, take)
+    row = shared_store.row("dead")
+    again = "queued" if state == "running" else state
+    assert (row["state"], row["claimed_by"]) == (again, None)
+    assert row["crashes"] == (state == "running")
+    assert not asks(store, take)
+    assert shared_store.row("alive")["claimed_by"] == "alive"
+
+
 def test_a_server_that_is_frozen_is_away_and_no_hang(shared_store: SharedStore) -> None:
     url = make_url(shared_store.url)
     assert url.port is not None

@@ -20,7 +20,8 @@ from taskd.store.schema import WAITING, attempts, daemons, jobs, utc_now
 TAKEN_OVER_AT_ONCE = 500
 DIED = "its daemon died"
 
-_HELD = [JobState.RUNNING.value, *[state.value for state in WAITING]]
+# States in which a daemon may have the job.
+HELD = [JobState.RUNNING.value, *[state.value for state in WAITING]]
 _alive = sa.select(daemons.c.id).where(daemons.c.lease_until >= utc_now)
 
 
@@ -53,16 +54,17 @@ def left(connection: Connection, ids: Collection[str]) -> dict[str, float]:
 
 @changes
 def take_over(connection: Connection, *, id: str, owner: str) -> bool:
-    """End the attempt that a dead daemon was making at a job, so that it can be run here.
+    """Free a job that a dead daemon had, so that it can be run here.
 
     False if it is not that daemon's any more, or the daemon is not dead.
     """
-    theirs = sa.select(jobs.c.attempt).where(jobs.c.id == id, jobs.c.claimed_by == owner)
-    running = theirs.where(jobs.c.state == JobState.RUNNING.value)
-    attempt = connection.scalar(running.with_for_update())
-    if attempt is None or connection.scalar(_alive.where(daemons.c.id == owner)) is not None:
+    theirs = sa.select(jobs.c.id, jobs.c.state, jobs.c.attempt).where(
+        jobs.c.id == id, jobs.c.claimed_by == owner, jobs.c.state.in_(HELD)
+    )
+    found = connection.execute(theirs.with_for_update()).all()
+    if not found or connection.scalar(_alive.where(daemons.c.id == owner)) is not None:
         return False
-    _interrupt(connection, {id: attempt})
+    _free(connection, found)
     return True
 
 
@@ -112,7 +114,7 @@ def recover(connection: Connection, *, queues: Collection[str]) -> tuple[int, in
     found = connection.execute(
         sa.select(*columns)
         .where(jobs.c.claimed_by.is_not(None), jobs.c.claimed_by.not_in(_alive))
-        .where(jobs.c.state.in_(_HELD))
+        .where(jobs.c.state.in_(HELD))
         .where(jobs.c.queue.in_(list(queues)) | jobs.c.acknowledged.is_(True))
         .limit(TAKEN_OVER_AT_ONCE)
         .with_for_update(skip_locked=True)
@@ -123,17 +125,22 @@ def recover(connection: Connection, *, queues: Collection[str]) -> tuple[int, in
     owners = {row.claimed_by for row in found}
     alive = set(connection.scalars(_alive.where(daemons.c.id.in_(owners))))
     free = [row for row in found if row.claimed_by not in alive]
-    running = {row.id: row.attempt for row in free if row.state == JobState.RUNNING}
-    _interrupt(connection, running)
-    waiting = [row.id for row in free if row.id not in running]
-    if waiting:
-        connection.execute(sa.update(jobs).where(jobs.c.id.in_(waiting)).values(claimed_by=None))
-    return len(free), len(running)
+    return len(free), _free(connection, free)
 
 
 def _dead(connection: Connection) -> list[str]:
     dead = sa.select(daemons.c.id).where(daemons.c.lease_until < utc_now)
     return list(connection.scalars(dead.with_for_update(skip_locked=True)))
+
+
+def _free(connection: Connection, rows: Collection[Any]) -> int:
+    """Free jobs of dead daemons, which are locked; how many of them were running."""
+    running = {row.id: row.attempt for row in rows if row.state == JobState.RUNNING}
+    _interrupt(connection, running)
+    waiting = [row.id for row in rows if row.id not in running]
+    if waiting:
+        connection.execute(sa.update(jobs).where(jobs.c.id.in_(waiting)).values(claimed_by=None))
+    return len(running)
 
 
 def _interrupt(connection: Connection, running: dict[str, int]) -> None:

@@ -64,8 +64,8 @@ def find(
 ) -> dict[str, Row]:
     """The rows of those jobs that are recorded, by id, without payload and output.
 
-    With `daemon_id`, for a shared store, those that another daemon is running have `elsewhere`:
-    for how many seconds its lease runs on, not above 0 if it is dead.
+    With `daemon_id`, for a shared store, those that another daemon runs or has claimed have
+    `elsewhere`: for how many seconds its lease runs on, not above 0 if it is dead.
     """
     wanted = [cleaned(id) for id in ids]
     found = sa.select(*SUMMARY).where(_job.id.in_(wanted))
@@ -74,7 +74,7 @@ def find(
         theirs = [
             row
             for row in rows.values()
-            if row["state"] == JobState.RUNNING and row["claimed_by"] not in (None, daemon_id)
+            if row["state"] in leases.HELD and row["claimed_by"] not in (None, daemon_id)
         ]
         left = leases.left(connection, {row["claimed_by"] for row in theirs}) if theirs else {}
         for row in theirs:

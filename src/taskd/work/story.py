@@ -121,10 +121,10 @@ class Story:
         log.info("job %s: its message came again, adopted", job.id)
 
     def elsewhere(self, job: Job) -> None:
-        log.info("job %s: another daemon is running it, its message waits", job.id)
+        log.info("job %s: another daemon has it, its message waits", job.id)
 
     def taken_over(self, job: Job) -> None:
-        log.warning("job %s: the daemon that ran it died, it runs again", job.id)
+        log.warning("job %s: the daemon that had it died, it runs again", job.id)
 
     def not_recorded(self, job: Job) -> None:
         log.warning(

@@ -22,8 +22,8 @@ class Verdict(Enum):
     DUPLICATE = auto()  # a new message with the id of a job that has been: acknowledge it
     DEAD = auto()  # recorded as dead: to the dead letters, once more perhaps
     RETRY = auto()  # recorded as waiting for a retry whose message may never have been sent
-    ELSEWHERE = auto()  # another daemon is running it, or may be: ask again later
-    TAKE_OVER = auto()  # the daemon that was running it is dead, and had time to end it
+    ELSEWHERE = auto()  # another daemon runs it or has claimed it: ask again later
+    TAKE_OVER = auto()  # the daemon that had it is dead, and had time to end it
 
 
 def verdict(delivery: Delivery, row: Mapping[str, Any], *, duplicates_run: bool) -> Verdict:
