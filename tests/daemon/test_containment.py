@@ -132,6 +132,7 @@ def test_limits_that_cannot_be_kept_are_said_once_by_name(taskd, group):
     for controller, text in limits.items():
         assert taskd.log.count(f"{text} cannot be kept: ") == (controller not in present), taskd.log
     assert "not set" not in taskd.log
+    assert "memory_swap_max" not in taskd.log  # nobody asked for it
 
 
 def test_without_a_group_every_limit_is_named_and_process_groups_are_ended(tmp_path):

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from taskd.config.limits import GROUP_FILES, group_files
+from taskd.config.limits import GROUP_FILES, format_swap, group_files, parse_swap
 from taskd.kernel.cgroup import Group, Groups, Usage
 
 LIMITS = {
     "memory_max": 2 << 30,
     "memory_high": 1536 << 20,
+    "memory_swap_max": 1 << 20,
     "cpu_weight": 50,
     "cpu_quota": 12.5,
     "pids_max": 200,
@@ -19,12 +20,22 @@ LIMITS = {
 WRITTEN = {
     "memory.max": "2147483648",
     "memory.high": "1610612736",
+    "memory.swap.max": "1048576",
     "cpu.weight": "50",
     "cpu.max": "12500 100000",
     "pids.max": "200",
     "io.weight": "10000",
     "memory.oom.group": "1",
 }
+
+
+def test_a_limit_of_memory_is_not_to_be_had_in_swap_unless_that_is_said() -> None:
+    assert "memory.swap.max" not in group_files({"memory_high": 1})
+    assert group_files({"memory_max": 1})["memory.swap.max"] == "0"
+    for written, limit in ("infinity", "max"), ("2K", "2048"), ("0", "0"):
+        options = {"memory_max": 1, "memory_swap_max": parse_swap(written)}
+        assert group_files(options)["memory.swap.max"] == limit
+        assert format_swap(parse_swap(written)) == written
 
 
 @pytest.fixture

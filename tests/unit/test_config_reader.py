@@ -120,6 +120,7 @@ def test_every_option_is_read(write: Write, tmp_path: Path) -> None:
     assert task.group_files == {
         "memory.max": "2147483648",
         "memory.high": "1610612736",
+        "memory.swap.max": "0",
         "cpu.weight": "50",
         "cpu.max": "12500 100000",
         "pids.max": "200",

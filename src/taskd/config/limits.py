@@ -8,6 +8,7 @@ process, it would lose the race against its first fork.
 """
 
 import grp
+import math
 import os
 import pwd
 import re
@@ -22,6 +23,7 @@ from taskd.config.values import quoted
 GROUP_FILES = {
     "memory_max": ("memory.max", "memory"),
     "memory_high": ("memory.high", "memory"),
+    "memory_swap_max": ("memory.swap.max", "memory"),
     "cpu_weight": ("cpu.weight", "cpu"),
     "cpu_quota": ("cpu.max", "cpu"),
     "pids_max": ("pids.max", "pids"),
@@ -130,6 +132,15 @@ def _bound(text: str, parse: Callable[[str], float]) -> float | None:
             return parse(text)
 
 
+def parse_swap(text: str) -> float:
+    bound = _bound(text, values.parse_size)
+    return math.inf if bound is None else bound
+
+
+def format_swap(size: float) -> str:
+    return "infinity" if math.isinf(size) else values.format_size(int(size))
+
+
 def format_rlimit(limit: Rlimit) -> str:
     soft, hard = ("infinity" if part is None else f"{part:.0f}" for part in limit)
     return soft if soft == hard else f"{soft}:{hard}"
@@ -138,9 +149,12 @@ def format_rlimit(limit: Rlimit) -> str:
 def group_files(options: Mapping[str, Any]) -> dict[str, str]:
     """What is written into the files of a job's cgroup."""
     files = {}
+    if options.get("memory_max") is not None:
+        # Or it would not be killed there: it would go on in the swap, and slow down the machine.
+        files["memory.swap.max"] = "0"
     for option, (file, _) in GROUP_FILES.items():
         if (value := options.get(option)) is not None:
-            files[file] = str(value)
+            files[file] = "max" if value == math.inf else str(value)
             if option == "cpu_quota":
                 files[file] = f"{round(value * _PERIOD_USEC / 100)} {_PERIOD_USEC}"
     return files

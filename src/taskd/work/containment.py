@@ -33,7 +33,8 @@ class Containment:
                 lack = f"taskd's cgroup has no {controller} controller with {file}"
             else:
                 continue
-            names = [task.name for task in tasks if file in task.group_files]
+            # Not those that have the file for another option's sake.
+            names = [task.name for task in tasks if getattr(task, option) is not None]
             fresh = [name for name in names if (option, name) not in self._told]
             self._told |= {(option, name) for name in fresh}
             if fresh:
