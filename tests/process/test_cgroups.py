@@ -1,10 +1,13 @@
 """A cgroup per child: born in it, ended with it, whatever it forks."""
 
 import contextlib
+import ctypes
 import os
+import resource
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +26,12 @@ from tests.support.turning import turn
 
 if available() is None:
     pytest.skip("this process may not make cgroups below its own", allow_module_level=True)
+
+# ptrace(2): who is traced like this stops on its way out, also when it is killed.
+PTRACE_SEIZE, PTRACE_DETACH, PTRACE_O_TRACEEXIT = 0x4206, 17, 0x40
+ptrace = ctypes.CDLL(None, use_errno=True).ptrace
+ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
+ptrace.restype = ctypes.c_long
 
 # It forks as its first act, and each of those has left by the time anybody could look.
 FORKER = """
@@ -280,6 +289,62 @@ def test_groups_of_an_earlier_life_are_cleared_away(delegated: Path) -> None:
         nursery.finish(left)
         assert left.exit.signal == signal.SIGKILL
         assert jobs_of(delegated) == []
+
+
+def test_those_who_take_long_to_die_are_waited_for_all_together(delegated: Path) -> None:
+    groups, slow = Groups(delegated), []
+    try:
+        for name in "abcdef":
+            with groups.inside(groups.make(name)):
+                slow.append(subprocess.Popen(["/bin/sleep", "1000"]))
+            assert ptrace(PTRACE_SEIZE, slow[-1].pid, None, PTRACE_O_TRACEEXIT) == 0
+        started = time.monotonic()
+        Groups(delegated).close()
+        # A second, as for one of them; six seconds one after another.
+        assert time.monotonic() - started < 3
+        assert sorted(members(delegated)) == sorted([os.getpid(), *(p.pid for p in slow)])
+    finally:
+        for process in slow:
+            os.waitpid(process.pid, 0)  # it stops at its exit, for us to see it
+            ptrace(PTRACE_DETACH, process.pid, None, None)
+            assert process.wait(30) == -signal.SIGKILL
+        groups.close()
+
+
+def test_who_has_just_exited_is_of_its_group_also_when_that_is_gone(delegated: Path) -> None:
+    groups = Groups(delegated)
+    try:
+        group, other = groups.make("a"), groups.make("b")
+        with groups.inside(group):
+            process = subprocess.Popen(["/bin/true"])
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert group.remove()
+        assert str(cgroup.group_of(process.pid)).endswith("/job-a (deleted)")
+        assert (group.has(process.pid), other.has(process.pid)) == (True, False)
+        process.wait()
+        assert group.has(process.pid) is None
+    finally:
+        groups.close()
+
+
+def test_a_group_that_cannot_be_killed_is_told_of_and_one_that_is_gone_is_not(
+    delegated: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    groups = Groups(delegated)
+    try:
+        group = groups.make("a")
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+        try:
+            group.kill()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert caplog.messages == [f"{group.path}: not killed: Too many open files"]
+        assert group.remove()
+        group.kill()
+        assert len(caplog.messages) == 1
+    finally:
+        groups.close()
 
 
 def test_close_leaves_no_process_and_no_group(delegated: Path) -> None:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from taskd.kernel.cgroup import Group, own_group
+from taskd.kernel.cgroup import Group, end_all, own_group
 
 CONTROLLERS = ("cpu", "io", "memory", "pids")
 
@@ -51,8 +51,7 @@ def delegated_group() -> Iterator[Path]:
             with contextlib.suppress(OSError):
                 (home / "cgroup.procs").write_text(str(pid))
         group = Group(str(path))
-        group.kill()
-        group.wait(10)
+        end_all([group], 10)
         assert group.remove(), f"{path} has processes left: {members(path)}"
 
 

@@ -29,7 +29,7 @@ from taskd.children.outlet import Outlet
 from taskd.children.output import Output
 from taskd.errors import SpawnError
 from taskd.journal import Sink
-from taskd.kernel.cgroup import Group, Groups, Usage, Watch
+from taskd.kernel.cgroup import Group, Groups, Usage, Watch, end_all
 from taskd.kernel.loop import Loop, Timer
 from taskd.kernel.process import exists, kill_group, kill_tree
 from taskd.kernel.spawn import hop_error
@@ -358,11 +358,7 @@ class Children:
         left, self._left = self._left, {}
         for watch in left.values():
             watch.close()
-        for group in left:
-            group.kill()
-        for group in left:
-            group.wait(KILL_PATIENCE)
-            group.remove()
+        end_all(left, KILL_PATIENCE)
         if self._groups is not None:
             self._groups.close()
         self._outlet.close()

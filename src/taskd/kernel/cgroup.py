@@ -12,6 +12,7 @@ Sources: cgroups(7), the kernel's admin-guide/cgroup-v2.rst, systemd.io/CGROUP_D
 """
 
 import contextlib
+import errno
 import itertools
 import logging
 import os
@@ -29,7 +30,10 @@ SUPERVISOR = "supervisor"
 JOB = "job-"
 # systemd's mark on a group that it leaves alone; the second one since systemd 252.
 _MARKS = ("trusted.delegate", "user.delegate")
+# What a file of a group says whose directory is gone, or goes just now.
+_REMOVED = (errno.ENOENT, errno.ENODEV)
 _READ_MAX = 4096
+LEFTOVER_PATIENCE = 1.0  # how long a start waits for what an earlier life left
 WATCH_AGAIN = 1.0  # seconds after the machine had no descriptor for it
 
 
@@ -143,12 +147,17 @@ class Group:
         where = group_of(pid)
         if where is None:
             return None
+        # cgroups(7): of a process that is not reaped yet, and whose group is removed.
+        where = where.removesuffix(" (deleted)")
         return where == self._inner or where.startswith(f"{self._inner}/")
 
     def kill(self) -> None:
         """SIGKILL every process in it and below it, also one that is just being forked."""
-        with contextlib.suppress(OSError):  # it has been removed
+        try:
             _write(f"{self.path}/cgroup.kill", "1")
+        except OSError as error:
+            if error.errno not in _REMOVED:
+                log.error("%s: not killed: %s", self.path, error.strerror)
 
     def remove(self) -> bool:
         """Remove it, and what its processes made below it. False: there is a process in it."""
@@ -183,9 +192,8 @@ class Group:
         """Call `on_empty` once, when no process is left in it."""
         return Watch(loop, f"{self.path}/cgroup.events", on_empty)
 
-    def wait(self, patience: float) -> None:
-        """Block until no process is left in it, for `patience` seconds at most."""
-        deadline = time.monotonic() + patience
+    def wait(self, deadline: float) -> None:
+        """Block until no process is left in it, until `deadline` (monotonic) at most."""
         try:
             fd = os.open(f"{self.path}/cgroup.events", os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
@@ -202,6 +210,17 @@ class Group:
             return
         finally:
             os.close(fd)
+
+
+def end_all(groups: Iterable[Group], patience: float) -> None:
+    """Kill all of them and remove them; blocks for `patience` seconds at most, all in all."""
+    groups = list(groups)
+    for group in groups:
+        group.kill()
+    deadline = time.monotonic() + patience
+    for group in groups:
+        group.wait(deadline)
+        group.remove()
 
 
 class Watch:
@@ -267,11 +286,9 @@ class Groups:
         self._files: frozenset[str] = frozenset()  # those that a job's group has
         self._accounted = False
         self._common: dict[str, str] = {}  # written for every job
-        for left in path.glob(f"{JOB}*"):  # by an earlier life that was killed
-            group = Group(str(left))
-            group.kill()
-            group.wait(1.0)
-            group.remove()
+        # By an earlier life that was killed.
+        left = [Group(str(directory)) for directory in path.glob(f"{JOB}*")]
+        end_all(left, LEFTOVER_PATIENCE)
 
     def close(self) -> None:
         if self._home >= 0:
