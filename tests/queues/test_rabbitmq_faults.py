@@ -58,6 +58,7 @@ def test_messages_come_and_go_over_tls(rabbit, server, keys):
     rabbit.turn(lambda: len(ours.deliveries) == 2)
     ours.source.done(ours.deliveries[1])
     rabbit.settle(ours)
+    rabbit.turn(lambda: answers)
     assert (answers, ours.bodies) == ([None], [body, body])
 
 
