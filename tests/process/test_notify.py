@@ -1,6 +1,7 @@
 import json
 import os
 import socket
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -285,6 +286,24 @@ def test_a_directory_too_deep_for_a_socket_is_refused_in_words(tmp_path: Path) -
     with pytest.raises(ValueError, match="too long for the path of a socket"):
         prepare(deep)
     assert not deep.exists()
+
+
+PREPARE = """
+import os, sys
+from pathlib import Path
+from taskd.children.notify import prepare
+os.umask(0o007)
+os.chdir(sys.argv[1])
+os.setuid(int(sys.argv[2]))
+prepare(Path("notify"))
+"""
+
+
+@pytest.mark.parametrize("uid", [os.geteuid(), *([] if os.geteuid() else [65534])])
+def test_others_may_pass_through_the_directory_and_do_no_more(tmp_path: Path, uid: int) -> None:
+    os.chown(tmp_path, uid, -1)
+    subprocess.run([sys.executable, "-c", PREPARE, tmp_path, str(uid)], check=True)
+    assert (tmp_path / "notify").stat().st_mode & 0o777 == 0o711
 
 
 def test_what_others_put_in_the_place_of_the_directory_is_not_used(tmp_path: Path) -> None:

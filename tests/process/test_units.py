@@ -87,4 +87,4 @@ def test_user_group_and_runtime_directory_are_made(machine: Path) -> None:
     assert made.returncode == 0, made.stderr
     runtime = (machine / "run/taskd").stat()
     assert (runtime.st_uid, runtime.st_gid) == (int(uid), int(gid))
-    assert runtime.st_mode & 0o7777 == 0o771
+    assert runtime.st_mode & 0o7777 == 0o751

@@ -66,7 +66,7 @@ def test_installing_enables_and_starts_everything_in_order(bare: Machine) -> Non
     )
     assert modes.splitlines() == [
         "2770 taskd:taskd /var/lib/taskd",
-        "771 taskd:taskd /run/taskd",
+        "751 taskd:taskd /run/taskd",
         "660 root:taskd /run/taskd/control.sock",
         "755 root:root /etc/taskd",
     ]

@@ -79,6 +79,21 @@ def test_the_first_client_after_a_stop_starts_it_again(taskd: Taskd) -> None:
     wait_until(lambda: taskd.machine.get(SERVICE, "ActiveState") == "active", 30)
 
 
+def test_the_group_reaches_the_socket_and_puts_nothing_in_its_place(taskd: Taskd) -> None:
+    taskd.start()
+    somebody = ("setpriv", "--reuid=nobody", "--regid=nogroup", "--groups=taskd", "--")
+    assert taskd.machine.run(*somebody, "taskctl", "ping").out == "PONG\n"
+    for command in (
+        "mv /run/taskd/control.sock /run/taskd/other.sock",
+        "rm -f /run/taskd/control.sock",
+        "mv /run/taskd/notify /run/taskd/other",
+        "touch /run/taskd/notify/1.1",
+    ):
+        ran = taskd.machine.run(*somebody, *command.split(), check=False)
+        assert "Permission denied" in ran.err, command
+    assert taskd.ctl("ping").out == "PONG\n"
+
+
 def test_no_request_is_refused_over_restarts(taskd: Taskd) -> None:
     taskd.start()
     asking = (

@@ -62,8 +62,10 @@ def prepare(directory: Path) -> None:
     # Whoever may write beside it can have put a link in its place.
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        if not os.geteuid():
-            os.fchmod(fd, 0o711)  # jobs of other users find their own socket, and nothing else
+        if os.geteuid() in (0, os.fstat(fd).st_uid):
+            # Jobs of other users find their own socket. Nobody else puts one there, nor does our
+            # group, which the unit's UMask= would let.
+            os.fchmod(fd, 0o711)
     finally:
         os.close(fd)
     for entry in directory.iterdir():
