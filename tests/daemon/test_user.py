@@ -11,7 +11,7 @@ import pytest
 
 from taskd.errors import EX_CONFIG
 from tests.support.daemon import Taskd
-from tests.support.needs import needs
+from tests.support.needs import cannot_run, needs
 
 CONFIG = """
 [queue:work]
@@ -54,7 +54,8 @@ echo "capable=$(sed -n 's/CapEff:.//p' /proc/self/status)"
 echo "bound=$(sed -n 's/NoNewPrivs:.//p' /proc/self/status)"
 """
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can run jobs as others")
+if os.geteuid() != 0:
+    cannot_run("only root can run jobs as others")
 
 
 @pytest.fixture

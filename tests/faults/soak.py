@@ -106,6 +106,7 @@ class Producer:
             id = f"{kind}-{number}"
             self.published[id] = kind
             self._publish(id, kind)
+            # The load itself: so many a second, whatever becomes of them.
             time.sleep(max(0.0, begun + number * self._pause - time.monotonic()))
         with contextlib.suppress(pika.exceptions.AMQPError):
             self._connection.close()
@@ -126,6 +127,7 @@ class Producer:
                 return
             except (pika.exceptions.AMQPError, OSError):
                 self._channel = None
+                # As a producer does whose broker is away; nothing tells it of the return.
                 time.sleep(0.2)
 
 
@@ -177,6 +179,7 @@ class Soak:
     def stall(self) -> None:
         """Shorter than the heartbeat finds out, or longer."""
         self.proxy.freeze()
+        # For how long it lasts is the fault.
         time.sleep(self.random.uniform(0.5, 10))
         self.proxy.thaw()
 
@@ -185,6 +188,7 @@ class Soak:
 
     def stop_broker(self) -> None:
         self.server.ctl("stop_app")
+        # The broker is away for a moment, or for long enough that the daemon tries again.
         time.sleep(self.random.uniform(0, 2))
         self.server.ctl("start_app")
 
@@ -205,6 +209,7 @@ class Soak:
         with contextlib.closing(sqlite3.connect(self.taskd.database, timeout=30)) as store:
             store.isolation_level = None
             store.execute("BEGIN IMMEDIATE")
+            # Shorter than the store's patience with a lock, or longer.
             time.sleep(self.random.uniform(0.5, 8))
             store.execute("ROLLBACK")
 
@@ -265,6 +270,7 @@ def run(directory: Path, *, seconds: float, jobs: int, seed: int) -> Soak:
                 producer = Producer(server.url(), jobs, seconds * 0.9, seed)
                 soak.accounts.published = producer.published
                 while time.monotonic() - started < seconds or not producer.finished:
+                    # Faults come at random, upon whatever has come of the last one.
                     time.sleep(soak.random.uniform(0.5, 3))
                     say(soak.fire())
                 say(f"{len(soak.unfinished())} of {jobs} jobs have not ended yet")

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from taskd.journal import MessageId
+from tests.support.needs import cannot_run, needs
 
 ROOT = Path(__file__).parents[2]
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
-    if shutil.which(command[0]) is None:
-        pytest.skip(f"{command[0]} is not installed")
+    needs(command[0])
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
@@ -23,7 +23,7 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 def machine(tmp_path: Path) -> Iterator[Path]:
     """A root directory with taskd in it, as far as these tools look."""
     if not Path("/usr/lib/systemd/system").is_dir():
-        pytest.skip("systemd is not installed")
+        cannot_run("systemd is not installed")
     places = {
         "etc/systemd/system/taskd.service": "units/taskd.service",
         "etc/systemd/system/taskd.socket": "units/taskd.socket",
@@ -74,8 +74,9 @@ def test_the_catalog_is_compiled_and_found_by_journalctl(machine: Path) -> None:
     assert subjects[MessageId.JOB_REJECTED] == "taskd: Job @TASKD_JOB_ID@ was rejected"
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to give directories away")
 def test_user_group_and_runtime_directory_are_made(machine: Path) -> None:
+    if os.geteuid() != 0:
+        cannot_run("only root can give directories away")
     users = run("systemd-sysusers", f"--root={machine}")
     assert users.returncode == 0, users.stderr
     name, _, uid, gid, _, home, shell = (machine / "etc/passwd").read_text().strip().split(":")

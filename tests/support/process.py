@@ -10,11 +10,11 @@ import signal
 import socket
 import subprocess
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tests.support.tied import tied
+from tests.support.waiting import wait_until
 
 PATIENCE = 60.0
 
@@ -66,11 +66,18 @@ class Process:
                 preexec_fn=tied(),
                 **self._who,  # type: ignore[call-overload]
             )
-        deadline = time.monotonic() + PATIENCE
-        while not ready():
-            if self._process.poll() is not None or time.monotonic() > deadline:
-                raise AssertionError(f"{argv[0]} did not start:\n{self.log}")
-            time.sleep(0.02)
+
+        def started() -> bool:
+            assert self._process is not None
+            if (code := self._process.poll()) is not None:
+                raise AssertionError(f"exit {code}")
+            return ready()
+
+        try:
+            wait_until(started, PATIENCE, pause=0.02)
+        except AssertionError as error:
+            why = f"{argv[0]} did not start: {error}\n{self.log}"
+            raise AssertionError(why) from None
 
     @property
     def log(self) -> str:

@@ -16,7 +16,6 @@ import signal
 import socket
 import subprocess
 import tempfile
-import time
 import urllib.parse
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -26,6 +25,7 @@ from typing import Any
 from tests.support import debian
 from tests.support.sharing import Meeting
 from tests.support.tied import tied
+from tests.support.waiting import wait_until
 
 SCRIPTS = Path("/usr/lib/rabbitmq/bin")
 PATIENCE = 60.0
@@ -265,13 +265,17 @@ class RabbitServer:
         self._wait(lambda: not _listens(self.node.port), "the end of RabbitMQ")
 
     def _wait(self, condition: Callable[[], bool], what: str) -> None:
-        deadline = time.monotonic() + PATIENCE
-        while not condition():
-            ended = self._server is not None and self._server.poll() is not None
-            if ended or time.monotonic() > deadline:
-                console = (self._directory / "console").read_text(errors="replace")
-                raise AssertionError(f"waited for {what}\n{console}\n{self.node.log}")
-            time.sleep(0.02)
+        def holds() -> bool:
+            if self._server is not None and (code := self._server.poll()) is not None:
+                raise AssertionError(f"exit {code}")
+            return condition()
+
+        try:
+            wait_until(holds, PATIENCE, pause=0.02)
+        except AssertionError as error:
+            console = (self._directory / "console").read_text(errors="replace")
+            why = f"waited for {what}: {error}\n{console}\n{self.node.log}"
+            raise AssertionError(why) from None
 
 
 def _listens(port: int) -> bool:
