@@ -72,6 +72,17 @@ def test_root_without_the_capability_is_refused_at_the_start(
         assert refused(taskd, option)
 
 
+def test_a_daemon_that_sees_of_proc_what_processes_are_starts_too(tmp_path):
+    """As ProcSubset=pid in lock-down.conf has it."""
+    if os.geteuid() != 0:
+        cannot_run("only root can mount another /proc")
+    covered = 'mount -t proc -o subset=pid proc /proc && exec "$@"'
+    prefix = (needs("unshare"), "--mount", "--", "sh", "-c", covered, "sh")
+    with started(tmp_path, "limit_nofile", "100", *prefix) as taskd:
+        taskd.until_told("READY=1")
+        assert taskd.until(taskd.submit("show"), "succeeded")["output_tail"].split()[2] == b"100"
+
+
 @pytest.mark.parametrize(("option", "value", "line", "shown", "capability"), OPTIONS[:3])
 def test_so_is_root_of_a_user_namespace(tmp_path, option, value, line, shown, capability):
     prefix = (needs("unshare"), "--map-root-user", "--")

@@ -51,7 +51,7 @@ def own_powers() -> Powers:
         niceness=os.nice(0),
         nice_limit=_bound(resource.getrlimit(resource.RLIMIT_NICE)[0]),
         oom_score_adjust=int(Path("/proc/self/oom_score_adj").read_text()),
-        files_max=int(Path("/proc/sys/fs/nr_open").read_text()),
+        files_max=_files_max(),
     )
 
 
@@ -107,6 +107,13 @@ def _capabilities() -> Iterator[str]:
     for name, number in _NUMBERS.items():
         if effective >> number & 1 and not (inside and name in _OF_THE_MACHINE):
             yield name
+
+
+def _files_max() -> float:
+    try:
+        return int(Path("/proc/sys/fs/nr_open").read_text())
+    except FileNotFoundError:  # ProcSubset=pid: then only the kernel knows it
+        return float("inf")
 
 
 def _number(name: str) -> int:
