@@ -3,10 +3,13 @@
 import contextlib
 import json
 import sqlite3
+from concurrent.futures import ThreadPoolExecutor
 
 import pika
+import pytest
 
 from tests.faults.scene import EMBEDDED, scene
+from tests.support.proxy import Proxy
 from tests.support.waiting import wait_until
 
 
@@ -109,11 +112,34 @@ def test_what_the_broker_does_not_take_stays_a_letter_and_a_dead_row(tmp_path, u
         assert it.depth(".dead") == 0
 
 
-def test_looking_at_letters_does_not_wear_them_out(tmp_path, url):
+@pytest.mark.parametrize(
+    ("queue", "arguments"),
+    [
+        ("", {"x-delivery-limit": 12}),
+        ("", {"x-delivery-limit": 3}),
+        # Of these RabbitMQ tells one at a time.
+        (
+            "",
+            {
+                "x-delivery-limit": 3,
+                "x-dead-letter-exchange": "elsewhere",
+                "x-max-length": 9,
+                "x-message-ttl": 600_000,
+            },
+        ),
+        ("declare = no", {"x-delivery-limit": 1}),
+    ],
+)
+def test_looking_at_letters_does_not_wear_them_out(tmp_path, url, queue, arguments):
     """RabbitMQ drops what has come back more often than its queue allows: looking counts too."""
     with scene(tmp_path, url) as it:
-        limit = {"x-queue-type": "quorum", "x-delivery-limit": 12}
-        it.channel.queue_declare(f"{it.name}.dead", durable=True, arguments=limit)
+        it.taskd.config.write_text(
+            it.taskd.config.read_text().replace("task = hold", f"task = hold\n{queue}")
+        )
+        assert it.taskd.ask("RELOAD")["ok"]
+        it.until_up()
+        quorum = {"x-queue-type": "quorum", **arguments}
+        it.channel.queue_declare(f"{it.name}.dead", durable=True, arguments=quorum)
         letter = pika.BasicProperties(headers={"x-taskd-reason": "long ago", "theirs": "kept"})
         it.channel.basic_publish("", f"{it.name}.dead", b"{}", letter)
         for _ in range(30):
@@ -122,6 +148,52 @@ def test_looking_at_letters_does_not_wear_them_out(tmp_path, url):
         wait_until(lambda: it.depth(".dead") == 1)
         [(properties, body)] = it.take(".dead")
         assert (properties.headers["theirs"], body) == ("kept", b"{}")
+
+
+def test_what_the_broker_said_of_a_letter_is_said_on(tmp_path, url):
+    with scene(tmp_path, url) as it:
+        limit = {"x-queue-type": "quorum", "x-delivery-limit": 3}
+        it.channel.queue_declare(f"{it.name}.dead", durable=True, arguments=limit)
+        dead = {"x-dead-letter-exchange": "", "x-dead-letter-routing-key": f"{it.name}.dead"}
+        other = it.channel.queue_declare("", exclusive=True, arguments=dead).method.queue
+        expires = pika.BasicProperties(message_id="one", expiration="1")
+        it.channel.basic_publish("", other, b"{}", expires)
+        seen = []
+        for _ in range(12):
+            wait_until(lambda: it.depth(".dead") == 1)
+            [row] = it.taskd.ask("DEAD")
+            seen.append((row["id"], row["reason"], row["finished_at"]))
+        assert set(seen) == {("one", "RabbitMQ: expired", seen[0][2])}
+        assert seen[0][2] is not None
+
+
+def test_a_queue_that_a_reload_takes_away_during_the_walk_is_the_outcome(tmp_path, url, rabbitmq):
+    with Proxy(rabbitmq.port) as proxy, ThreadPoolExecutor() as other:
+        through = url.replace(f":{rabbitmq.port}/", f":{proxy.port}/")
+        with scene(tmp_path, through) as it:
+            it.url = url
+            buried(it, "one", "two")
+            before = [it.taskd.job(id) for id in ("one", "two")]
+            proxy.freeze()
+            answer = other.submit(it.taskd.ask, "DEAD", "RETRY", "one", "two")
+            wait_until(lambda: {row["state"] for row in it.taskd.rows()} == {"queued"})
+            config = it.taskd.config.read_text()
+            section = f"[queue:work]\nurl = {through}\nname = {it.name}\n"
+            assert section in config
+            it.taskd.config.write_text(config.replace(section, "[queue:rows]\nurl = embedded:\n"))
+            assert it.taskd.ask("RELOAD")["ok"]
+            proxy.thaw()
+            outcomes = {each["id"]: each["error"] for each in answer.result(60)}
+            assert outcomes.keys() == {"one", "two"}
+            assert all("there is no queue 'work'" in error for error in outcomes.values())
+            wait_until(lambda: [it.taskd.job(id) for id in ("one", "two")] == before)
+            assert it.depth(".dead") == 2
+
+
+def test_looking_does_not_make_the_queue_of_dead_letters(tmp_path, url):
+    with scene(tmp_path, url) as it:
+        assert it.taskd.ask("DEAD") == []
+        assert it.depth(".dead") == -1
 
 
 def test_a_death_between_the_row_and_the_message_leaves_a_letter_to_send(tmp_path, url):

@@ -12,13 +12,14 @@ ONE_SLOT = CONFIG.replace(
 LIMIT = 4
 
 
-@pytest.fixture
-def it(tmp_path, url):
+# RabbitMQ tells of what differs one at a time.
+@pytest.fixture(params=[{}, {"x-dead-letter-exchange": "elsewhere", "x-max-length": 99}])
+def it(tmp_path, url, request):
     with scene(tmp_path, url, ONE_SLOT) as it:
         assert it.taskd.ask("QUEUES")[0]["delivery_limit"] is None  # taskd's own has none
         it.taskd.stop()
         it.channel.queue_delete(it.name)
-        arguments = {"x-queue-type": "quorum", "x-delivery-limit": LIMIT}
+        arguments = {"x-queue-type": "quorum", "x-delivery-limit": LIMIT, **request.param}
         it.channel.queue_declare(it.name, durable=True, arguments=arguments)
         it.start()
         yield it

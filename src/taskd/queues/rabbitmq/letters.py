@@ -2,7 +2,8 @@
 
 Each message is looked at once. One that is wanted is put on its queue again, and it is removed
 from the dead letters only when its copy is safe there. All others go back; where they have come
-back often already a copy takes their place, or looking at them would end with their loss.
+back as often as the queue may bear a copy takes their place, or looking at them would end with
+their loss.
 """
 
 from collections import deque
@@ -13,11 +14,12 @@ from typing import Any
 from pika import spec
 
 from taskd.kernel.loop import Loop
-from taskd.queues.delivery import RETURNS_MAX, Delivery, Letter, Look, OnSent, Source
+from taskd.queues.delivery import Delivery, Letter, Look, OnSent, Source
 from taskd.queues.rabbitmq import incoming, outgoing
 from taskd.queues.rabbitmq.connection import Broker
 from taskd.queues.rabbitmq.properties import Properties
 from taskd.queues.rabbitmq.publisher import NOT_FOUND, Publication, Refusal, refusal_of
+from taskd.queues.rabbitmq.returns import Returns
 
 # Nobody works through more of them, and all that are looked at are held meanwhile.
 MOST = 10_000
@@ -25,7 +27,10 @@ _DATE_MAX = 2**33
 
 
 class Visit:
-    """One walk through queue `key`. Letters that `look` gives an attempt are sent to `home`."""
+    """One walk through queue `key`. Letters that `look` gives an attempt are sent to `home`.
+
+    `ask`: whether the queue may be asked for its limit, which is to declare it.
+    """
 
     def __init__(
         self,
@@ -34,6 +39,7 @@ class Visit:
         loop: Loop,
         key: str,
         home: str,
+        ask: bool,
         look: Look,
         on_sent: OnSent,
         then: Callable[[str | None], None],
@@ -44,6 +50,8 @@ class Visit:
         self._loop = loop
         self._key = key
         self._home = home
+        self._ask = ask
+        self._returns = Returns(key)
         self._look = look
         self._on_sent = on_sent
         self._then = then
@@ -67,9 +75,18 @@ class Visit:
 
     def _on_open(self, channel: Any) -> None:
         channel.add_callback(self._on_empty, [spec.Basic.GetEmpty], one_shot=False)
-        self._next()
+        if self._ask:
+            # One that is missing would be made by the question.
+            channel.queue_declare(self._key, passive=True, callback=self._on_there)
+        else:
+            self._next()
+
+    def _on_there(self, method: Any) -> None:
+        self._returns.ask(self._broker, self._key, self._next)
 
     def _next(self) -> None:
+        if not self._channel.is_open:
+            return
         if self._left:
             self._left -= 1
             self._channel.basic_get(self._key, self._on_letter)
@@ -82,8 +99,9 @@ class Visit:
         if attempt is not None:
             copy = outgoing.for_revival(properties, attempt)
             self._place(letter, self._home, copy, self._on_sent)
-        elif letter.delivery.returns >= RETURNS_MAX:
-            self._place(letter, self._key, outgoing.same(properties), _ignore)
+        elif letter.delivery.returns >= self._returns.most:
+            copy = outgoing.same(properties, letter.reason, letter.died_at)
+            self._place(letter, self._key, copy, _ignore)
         self._next()
 
     def _place(self, letter: Letter, key: str, copy: Properties, on_placed: OnSent) -> None:

@@ -21,8 +21,8 @@ WAITED_FOR = "x-taskd-waited-for"  # the daemon that had the job when this copy 
 REASON_MAX = 1024
 
 # RabbitMQ 4 drops a message after 20 returns if the queue does not say otherwise.
-_DELIVERY_LIMIT = 1_000_000
-QUORUM_ARGUMENTS = {"x-queue-type": "quorum", "x-delivery-limit": _DELIVERY_LIMIT}
+DELIVERY_LIMIT = "x-delivery-limit"
+QUORUM_ARGUMENTS = {"x-queue-type": "quorum", DELIVERY_LIMIT: 1_000_000}
 _CLASSIC_ARGUMENTS = {"x-max-priority": 10}
 
 _SHORTEST_DELAY = 0.1
@@ -97,10 +97,15 @@ def for_revival(original: Properties, attempt: int) -> Properties:
     return _copy(original, {ATTEMPT: attempt}, None)
 
 
-def same(original: Properties) -> Properties:
-    """A dead letter as it was, but for the broker's own marks."""
+def same(original: Properties, reason: str | None, at: float | None) -> Properties:
+    """A dead letter as it was, but for the broker's own marks: what they said we say."""
     headers = original.headers()
-    return _copy(original, {name: headers[name] for name in _OURS if name in headers}, None)
+    ours = {name: headers[name] for name in _OURS if name in headers}
+    if reason is not None:
+        ours.setdefault(REASON, reason)
+    if at is not None:
+        ours.setdefault(TIME, int(at))
+    return _copy(original, ours, None)
 
 
 def for_return(original: Properties, attempt: int, id: str | None) -> Properties:

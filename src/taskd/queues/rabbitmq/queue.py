@@ -151,22 +151,20 @@ class RabbitQueue:
         if self._state is LinkState.CLOSED:
             return
         if refusal is None and self._queue.declare and not self._returns.known:
-            quorum = outgoing.QUORUM_ARGUMENTS
-            self._broker.declarer.declare(self._key, quorum, self._on_limit)
+            self._returns.ask(self._broker, self._key, self._on_limit)
         elif refusal is None:
             self._open_channel()
         elif refusal.code != NOT_FOUND:
             self._fail(str(refusal))
         elif self._queue.declare:
-            self._returns.known = False
+            self._returns = Returns(self.name)
             arguments = outgoing.queue_arguments(self._queue)
             self._broker.declarer.declare(self._key, arguments, self._on_declared)
         else:
             self._fail("the queue does not exist, and `declare = no` leaves it to others")
 
-    def _on_limit(self, refusal: Refusal | None) -> None:
+    def _on_limit(self) -> None:
         if self._state is not LinkState.CLOSED:
-            self._returns.learn(refusal, self._broker.version)
             self._open_channel()
 
     def _on_declared(self, refusal: Refusal | None) -> None:
@@ -174,6 +172,7 @@ class RabbitQueue:
             return
         if refusal is None:
             log.info("queue %s: declared %s as %s", self.name, self._key, self._queue.type)
+            self._returns.learn(None, self._broker.version)
             self._open_channel()
         else:
             self._fail(str(refusal))
@@ -404,7 +403,8 @@ class RabbitQueue:
         if exchange:
             self._loop.add_callback(partial(then, None))  # nobody tells which queue that leads to
         else:
-            visit = Visit(self, self._broker, self._loop, key, self._key, look, on_sent, then)
+            ask = self._queue.declare
+            visit = Visit(self, self._broker, self._loop, key, self._key, ask, look, on_sent, then)
             self._visits.add(visit)
 
     def reply(self, delivery: Delivery, body: bytes) -> None:

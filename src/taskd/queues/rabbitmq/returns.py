@@ -2,21 +2,35 @@
 
 Every connection that is lost counts, and before 4.3 every hand-back does. AMQP has no question
 for a queue's limit, but who declares it with another one is refused, and told the one it has.
+One argument is told at a time: what comes before the limit is given back as it was told.
 What a policy says stays unknown.
 """
 
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any
 
 from taskd.queues.delivery import RETURNS_MAX, Delivery
+from taskd.queues.rabbitmq.connection import Broker
+from taskd.queues.rabbitmq.outgoing import DELIVERY_LIMIT, QUORUM_ARGUMENTS
 from taskd.queues.rabbitmq.publisher import Refusal
 
 log = logging.getLogger(__name__)
 
 # Of a quorum queue that does not say, since RabbitMQ 4.0.
 _LIMIT_4 = 20
-_DIFFERS = re.compile(r"inequivalent arg 'x-delivery-limit' .*current is (?:none|[^\d-]*(-?\d+))")
+# Where nothing is known: a queue with a lower limit cannot be used at all.
+_FEWEST = 1
+_DIFFERS = re.compile(
+    r"inequivalent arg '([^']+)' .*current is (?:none|(?:the value )?'(.*?)'(?: of type '(\w+)')?)$"
+)
+_VALUES: Mapping[str, Callable[[Any], Any]] = {
+    "longstr": str,
+    "bool": "true".__eq__,
+    **dict.fromkeys(("signedint", "unsignedint", "long", "short", "byte"), int),
+}
 
 
 class Returns:
@@ -27,20 +41,42 @@ class Returns:
         self.known = False
         self._name = name
         self._warned = False
+        self._arguments: dict[str, Any] = dict(QUORUM_ARGUMENTS)
 
     @property
     def most(self) -> int:
         """From so many returns on a fresh copy is made in place of another one."""
+        if not self.known:
+            return _FEWEST
         return RETURNS_MAX if self.limit is None else min(RETURNS_MAX, self.limit // 2)
 
-    def learn(self, refusal: Refusal | None, version: str) -> None:
-        """`refusal`: what was said to a declaration of a quorum queue with a limit of ours."""
-        self.known, self.limit = True, None
-        found = _DIFFERS.search(refusal.text) if refusal is not None else None
-        if found is not None and found[1] is not None:
-            self.limit = int(found[1]) if int(found[1]) >= 0 else None
-        elif found is not None and version.partition(".")[0].isdigit():
-            self.limit = _LIMIT_4 if int(version.partition(".")[0]) >= 4 else None
+    def ask(self, broker: Broker, key: str, then: Callable[[], None]) -> None:
+        """Find out about queue `key`, which is there; the connection's end is the end of it."""
+        answer = partial(self._on_answer, broker, key, then)
+        broker.declarer.declare(key, self._arguments, answer)
+
+    def _on_answer(
+        self, broker: Broker, key: str, then: Callable[[], None], refusal: Refusal | None
+    ) -> None:
+        if self.learn(refusal, broker.version):
+            self.ask(broker, key, then)
+        else:
+            then()
+
+    def learn(self, refusal: Refusal | None, version: str) -> bool:
+        """What was said to a declaration of a quorum queue; whether to ask once more."""
+        differs = _DIFFERS.search(refusal.text) if refusal is not None else None
+        if refusal is not None and differs is None:
+            return False
+        name, value, kind = differs.groups() if differs is not None else ("", None, None)
+        if name == DELIVERY_LIMIT:
+            self.known, self.limit = True, _limit(value, version)
+        elif name == "x-queue-type" or not name.startswith("x-"):
+            self.known, self.limit = True, None  # it is as ours, or of a type that has none
+        elif (read := _VALUES.get(kind or "")) is not None and name not in self._arguments:
+            self._arguments[name] = read(value)
+            return True
+        return False
 
     def on_delivery(self, delivery: Delivery) -> None:
         """A message came back."""
@@ -66,3 +102,11 @@ class Returns:
             f"a message has come back {delivery.returns} times, and RabbitMQ drops it"
             f" after {self.limit}"
         )
+
+
+def _limit(value: str | None, version: str) -> int | None:
+    if value is not None:
+        limit = int(value)
+        return limit if limit >= 0 else None
+    major = version.partition(".")[0]
+    return _LIMIT_4 if major.isdigit() and int(major) >= 4 else None
