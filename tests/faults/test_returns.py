@@ -2,7 +2,8 @@
 
 import pytest
 
-from tests.faults.scene import CONFIG, scene
+from tests.faults.scene import CONFIG, Scene, scene
+from tests.support.proxy import Proxy
 from tests.support.waiting import wait_until
 
 # One runs, and all others wait in the daemon's hands.
@@ -43,3 +44,49 @@ def test_a_message_that_is_handed_back_again_and_again_is_not_lost(it):
     assert notes == {"", said}
     assert it.taskd.log.count(said) == 1
     it.assert_whole(runs="succeeded", waits="succeeded")
+
+
+# The pause before a connection is made anew does not grow.
+AT_ONCE = """
+import sys
+from taskd.queues.rabbitmq import connection
+from taskd.main import main
+connection.LONGEST_PAUSE = 0.2
+sys.exit(main())
+"""
+CUTS = 20
+
+
+@pytest.mark.parametrize("limit", [None, LIMIT])
+def test_lost_connections_do_not_wear_out_what_waits_and_what_runs(tmp_path, url, rabbitmq, limit):
+    with Proxy(rabbitmq.port) as proxy:
+        it = Scene(tmp_path, url.replace(f":{rabbitmq.port}/", f":{proxy.port}/"), ONE_SLOT)
+        it.url = url
+        it.taskd.launch = ["-c", AT_ONCE, "--config", str(it.taskd.config)]
+        if limit is not None:
+            arguments = {"x-queue-type": "quorum", "x-delivery-limit": limit}
+            it.channel.queue_declare(it.name, durable=True, arguments=arguments)
+        try:
+            it.start()
+            it.publish({"task": "hold"}, message_id="runs")
+            it.begun(1)
+            it.publish({"task": "hold"}, message_id="waits")
+            wait_until(lambda: at_rest(it))
+            for _ in range(CUTS):
+                before = proxy.accepted
+                proxy.cut()
+                wait_until(lambda before=before: proxy.accepted > before)
+                wait_until(lambda: at_rest(it))
+            it.go()
+            it.until_ended(2)
+            it.assert_whole(runs="succeeded", waits="succeeded")
+            assert it.counted("begin") == {"runs": 1, "waits": 1}
+        finally:
+            it.taskd.__exit__()
+            it.leave()
+
+
+def at_rest(it):
+    """Whether one runs and one waits. A copy and its original may both be there."""
+    queue = it.taskd.ask("QUEUES")[0]
+    return queue["unacked"] >= 2 and queue["waiting"] == 1 and not queue["settling"]

@@ -29,6 +29,7 @@ class Delivery:
     redelivered: bool = False
     returns: int = 0  # how often it came back unsettled, where the queue counts that
     returns_max: int = RETURNS_MAX
+    worn: bool = False  # it came back so often, and not by our death alone
     attempt: int = 0  # attempts that were made before, as the message says
     waited_for: str | None = None  # the daemon that had the job when it was deferred, if it was
     priority: int | None = None

@@ -58,7 +58,11 @@ class Judge:
 
     def take(self, job: Job) -> None:
         delivery = job.delivery
-        if delivery.row is not None:
+        if delivery.worn:
+            # Lost connections are no deaths. Handed back it is a fresh copy, and the count of
+            # its returns begins anew before it could tell of what it did not suffer.
+            self._on_unknown(job)
+        elif delivery.row is not None:
             self._judge(job, delivery.row)
         elif job.named:
             self._inquire(job)

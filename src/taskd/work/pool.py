@@ -148,6 +148,9 @@ class Pool:
             # Two live deliveries of one job: both are settled with its outcome.
             job.twins.append(delivery)
             return
+        if delivery.worn and job.named:
+            delivery.source.back(delivery)  # a fresh copy comes, before the broker drops it
+            return
         job.delivery = delivery
         self._story.adopted(job)
         if job.phase is JobPhase.SETTLED:

@@ -69,6 +69,7 @@ class RabbitQueue:
         # By tag, so in the order of delivery: all that the broker counts as ours.
         self._open: dict[int, Delivery] = {}
         self._came = 0  # the latest tag
+        self._survived = False  # deliveries may have been lost, and we live
         self._acked: set[int] = set()
         self._returned: list[int] = []
         self._settling = 0  # settled by our owner, and not yet on their way to the broker
@@ -259,6 +260,7 @@ class RabbitQueue:
         )
 
     def _lose(self) -> None:
+        self._survived = self._consumers > 0
         self._silence.stop()
         lost = list(self._open.values())
         self._open.clear()
@@ -302,7 +304,7 @@ class RabbitQueue:
         self._came = method.delivery_tag
         self._open[self._came] = delivery
         if delivery.returns:
-            self._returns.on_delivery(delivery)
+            self._returns.on_delivery(delivery, survived=self._survived)
         self._on_delivery(delivery)
 
     # Settlements

@@ -78,9 +78,10 @@ class Returns:
             return True
         return False
 
-    def on_delivery(self, delivery: Delivery) -> None:
-        """A message came back."""
+    def on_delivery(self, delivery: Delivery, *, survived: bool) -> None:
+        """A message came back; `survived`: not for the first time, maybe, since we began."""
         delivery.returns_max = self.most
+        delivery.worn = survived and delivery.returns >= self.most
         if self.limit is not None and self._near(delivery) and not self._warned:
             self._warned = True
             log.warning(
