@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.daemon import Taskd
-from tests.support.needs import needs
+from tests.support.needs import cannot_run, needs
 from tests.support.waiting import wait_until
 
 CONFIG = """
@@ -44,6 +44,20 @@ retry_delay = 100ms
 [task:more]
 command = /bin/true
 limit_nofile = 100:200
+"""
+OTHERS = """
+[queue:work]
+url = embedded:
+
+[task:first]
+command = /bin/sleep 600
+user = nobody
+max_running = 2
+
+[task:second]
+command = /bin/true
+user = nobody
+limit_nproc = 1
 """
 LOADER = b"/lib64/ld-linux-x86-64.so.2"
 
@@ -122,6 +136,17 @@ def test_what_the_kernel_refuses_a_hop_is_the_reason(taskd):
     said = row["output_tail"].decode().strip()
     assert "NOFILE" in said
     assert row["reason"] == f"not started: {said}"
+
+
+def test_a_user_of_too_many_processes_holds_up_nobody_else(tmp_path):
+    if os.geteuid() != 0:
+        cannot_run("only root can run jobs as others")
+    with Taskd(tmp_path, OTHERS) as taskd:
+        for id in taskd.submit("first"), taskd.submit("first"):
+            taskd.until(id, "running")
+        row = taskd.until(taskd.submit("second"), "failed")
+        assert row["reason"] == "/bin/true: no more processes for now"
+        assert "nothing is started" not in taskd.log
 
 
 def test_a_job_that_ends_in_the_same_way_itself_has_failed_by_itself(taskd):

@@ -92,7 +92,10 @@ def hop_error(hop: tuple[str, ...], program: str, said: bytes) -> SpawnError | N
     # "prlimit: failed to execute /usr/bin/x: Permission denied"; others than exec have no path.
     number = _NUMBERS.get(lines[-1].rpartition(": ")[2])
     if number is not None and program in lines[-1]:
-        return _program_error(program, OSError(number, os.strerror(number)))
+        error = _program_error(program, OSError(number, os.strerror(number)))
+        # What the user that the hop changed to has too many of is its own lack, and no reason to
+        # start nothing at all for a while (execve(2), EAGAIN).
+        return SpawnError(str(error), passing=error.passing and number != errno.EAGAIN)
     return SpawnError(f"not started: {lines[-1]}", passing=False)
 
 
