@@ -23,7 +23,7 @@ from taskd.kernel.cgroup import Groups
 from taskd.kernel.loop import Loop
 from taskd.states import ChildState
 from tests.support.children import Nursery
-from tests.support.needs import needs
+from tests.support.needs import cannot_run, needs
 from tests.support.processes import descriptors
 
 # Speaks as sd_notify(3) does: each argument is a datagram.
@@ -304,6 +304,31 @@ def test_others_may_pass_through_the_directory_and_do_no_more(tmp_path: Path, ui
     os.chown(tmp_path, uid, -1)
     subprocess.run([sys.executable, "-c", PREPARE, tmp_path, str(uid)], check=True)
     assert (tmp_path / "notify").stat().st_mode & 0o777 == 0o711
+
+
+def test_a_directory_that_an_earlier_life_made_as_root_is_replaced(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        cannot_run("only root can become somebody else")
+    os.chown(tmp_path, 65534, -1)
+    prepare(tmp_path / "notify")
+    again = [sys.executable, "-c", PREPARE, tmp_path, "65534"]
+    subprocess.run(again, check=True)
+    assert (tmp_path / "notify").stat().st_uid == 65534
+    # And root takes over what is another's.
+    prepare(tmp_path / "notify")
+    (tmp_path / "notify" / "1").touch()
+    subprocess.run(again, check=True)
+
+
+def test_one_that_cannot_be_replaced_is_named(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        cannot_run("only root can become somebody else")
+    os.chown(tmp_path, 65534, -1)
+    prepare(tmp_path / "notify")
+    (tmp_path / "notify" / "1").touch()
+    again = [sys.executable, "-c", PREPARE, tmp_path, "65534"]
+    ran = subprocess.run(again, stderr=subprocess.PIPE, text=True)
+    assert ran.stderr.endswith("Directory not empty: 'notify'\n")
 
 
 def test_what_others_put_in_the_place_of_the_directory_is_not_used(tmp_path: Path) -> None:

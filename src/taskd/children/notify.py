@@ -59,6 +59,10 @@ def prepare(directory: Path) -> None:
     if len(os.fsencode(directory)) + len("/4194304.4294967295") > PATH_MAX:
         raise ValueError(f"{directory}: too long for the path of a socket ({PATH_MAX} bytes)")
     directory.mkdir(parents=True, exist_ok=True)
+    if not os.access(directory, os.W_OK | os.X_OK):
+        # An earlier life was root. We cannot write in it, but its place is ours.
+        directory.rmdir()
+        directory.mkdir()
     # Whoever may write beside it can have put a link in its place.
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
