@@ -303,10 +303,13 @@ class StderrSink:
         """The descriptor stays open: it is not ours."""
 
     def _put(self, message: bytes, fields: bytes) -> bool:
-        if not self._flush() or not self._poll.poll(0):
+        if not self._flush():
             return False
-        self._rest = memoryview(b"%s%s\n" % (fields, message))
+        entry = self._rest = memoryview(b"%s%s\n" % (fields, message))
         self._flush()
+        if self._rest is entry:  # none of it was written
+            self._rest = memoryview(b"")
+            return False
         return True
 
     def _flush(self) -> bool:
