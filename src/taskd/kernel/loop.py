@@ -52,15 +52,6 @@ class Timer:
             self._loop._on_cancel()
 
 
-class _Watch:
-    __slots__ = ("born", "events", "handler")
-
-    def __init__(self, handler: Handler, events: int, born: int) -> None:
-        self.handler = handler
-        self.events = events
-        self.born = born  # in which pass
-
-
 class Loop:
     READ = select.EPOLLIN
     WRITE = select.EPOLLOUT
@@ -72,7 +63,8 @@ class Loop:
         self.now = clock
         # Not `selectors`: its bookkeeping costs more than the system call, three times a child.
         self._epoll = select.epoll()
-        self._watches: dict[int, _Watch] = {}
+        # By descriptor: whom to call, for which events, and in which pass that began.
+        self._watches: dict[int, tuple[Handler, int, int]] = {}
         self._pass = 0
         self._timers: list[Timer] = []
         self._cancelled = 0
@@ -134,12 +126,12 @@ class Loop:
     def add_handler(self, fd: int, handler: Handler, events: int) -> None:
         """Call `handler(fd, events)` when `fd` is ready for any of `events`."""
         self._epoll.register(fd, events)
-        self._watches[fd] = _Watch(handler, events, self._pass)
+        self._watches[fd] = handler, events, self._pass
 
     def update_handler(self, fd: int, events: int) -> None:
-        watch = self._watches[fd]
-        if watch.events != events:
-            watch.events = events
+        handler, before, born = self._watches[fd]
+        if before != events:
+            self._watches[fd] = handler, events, born
             self._epoll.modify(fd, events)
 
     def remove_handler(self, fd: int) -> None:
@@ -161,13 +153,14 @@ class Loop:
             watch = self._watches.get(fd)
             # A handler earlier in this batch may have removed this one, and even have opened
             # another file under the same number: pika raises KeyError if it is called then.
-            if watch is None or watch.born == self._pass:
+            if watch is None or watch[2] == self._pass:
                 continue
+            handler, wanted, _ = watch
             if events & ~(self.READ | self.WRITE | self.PRIORITY):
-                events = watch.events
-            events &= watch.events
+                events = wanted
+            events &= wanted
             if events:
-                watch.handler(fd, events)
+                handler(fd, events)
         self._run_timers()
         for _ in range(min(len(self._callbacks), CALLBACKS_PER_PASS)):
             self._callbacks.popleft()()
