@@ -40,7 +40,8 @@ def now() -> datetime:
 
 def moment(unix_time: float) -> datetime:
     """A Unix time, as rows have it."""
-    return EPOCH + timedelta(seconds=unix_time)
+    # By position: `seconds=` takes three times as long.
+    return EPOCH + timedelta(0, unix_time)
 
 
 def unix_time(moment: datetime) -> float:
