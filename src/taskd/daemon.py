@@ -187,7 +187,9 @@ class Daemon:
         for number in self._signals.read():
             match number:
                 case signal.SIGCHLD:
-                    self.children.reap()
+                    # The pipes of who has exited have ended too, and come up in this very pass:
+                    # after them, a child is at its end with its exit.
+                    self.loop.call_before_wait(self.children.reap)
                 case signal.SIGTERM | signal.SIGINT:
                     log.info("%s received", signal.Signals(number).name)
                     if self.state is DaemonState.RUNNING:

@@ -97,6 +97,7 @@ class Child:
         self._stopped: str | None = None
         self._status = 0
         self._usage: resource.struct_rusage | None = None  # set by the exit
+        self._memory_peak: int | None = None
         self._spent: Usage | None = None  # by the whole group
         self._timer: Timer | None = None
         self._watch: Watch | None = None
@@ -128,14 +129,18 @@ class Child:
             self._cancel_timer()
             self._kill_tree()
 
-    def on_exit(self, status: int, usage: resource.struct_rusage) -> None:
-        """The kernel says that it has exited. Its number may be given to another one now."""
+    def on_exit(self, status: int, usage: resource.struct_rusage, memory_peak: int | None) -> None:
+        """The kernel says that it has exited. Its number may be given to another one now.
+
+        `memory_peak` is its own, in bytes, where that is known.
+        """
         self.state = move(CHILD_MOVES, self.state, ChildState.EXITED)
         self._cancel_timer()
         self._deadlines.close()
         self._exited = self._loop.now()
         self._status = status
         self._usage = usage
+        self._memory_peak = memory_peak
         if self.output.drained:
             self._end()
         else:
@@ -224,9 +229,7 @@ class Child:
     def _exit(self) -> Exit:
         status, usage, spent = self._status, self._usage, self._spent
         assert usage is not None
-        # vfork(2): the child began in our memory, and our peak is what its own began with.
-        own_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        peak = usage.ru_maxrss * 1024 if usage.ru_maxrss > own_peak else None
+        peak = spent.memory_peak if spent is not None else None
         cpu_seconds = usage.ru_utime + usage.ru_stime
         code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else None
         unborn = None
@@ -236,7 +239,7 @@ class Child:
             code=code,
             signal=os.WTERMSIG(status) if os.WIFSIGNALED(status) else None,
             cpu_seconds=spent.cpu_seconds if spent is not None else cpu_seconds,
-            memory_peak=spent.memory_peak if spent and spent.memory_peak is not None else peak,
+            memory_peak=peak if peak is not None else self._memory_peak,
             stopped=self._stopped,
             oom=spent is not None and spent.oom_kills > 0,
             wall_seconds=self._exited - self._started,
@@ -255,7 +258,7 @@ class Child:
     def _kill_rest(self) -> None:
         # A group's number is not given away while the group has a member. So if there is a
         # process of this number, its leader being reaped, the group has died out before.
-        if self._usage is not None and not exists(self.pid):
+        if self._usage is not None and exists(-self.pid) and not exists(self.pid):
             kill_group(self.pid, signal.SIGKILL)
 
     def _cancel_timer(self) -> None:
@@ -284,8 +287,9 @@ class Children:
         self._groups = groups
         self._left: dict[Group, Watch] = {}  # in which somebody lives on
         self._guardian = guardian
-        self._notify_directory = notify_directory
+        self._mark = None if notify_directory is None else notify.mark(notify_directory)
         self._numbers = itertools.count(1)
+        self._own_peak = 0  # of the daemon's memory, when it was last asked for
         self._children: set[Child] = set()
         self._by_pid: dict[int, Child] = {}  # not reaped yet
         if notify_directory is not None:
@@ -311,9 +315,7 @@ class Children:
 
         Raises SpawnError, and then nothing is left and nobody is called.
         """
-        path = None
-        if self._notify_directory is not None:
-            path = f"{notify.mark(self._notify_directory)}{next(self._numbers)}"
+        path = None if self._mark is None else f"{self._mark}{next(self._numbers)}"
         born = bear(self._loop, launch, groups=self._groups, notify_path=path)
         if self._guardian is not None:
             self._guardian.add(born.pid)
@@ -343,7 +345,7 @@ class Children:
                 return
             child = self._by_pid.pop(pid, None)
             if child is not None:
-                child.on_exit(status, usage)
+                child.on_exit(status, usage, self._memory_peak(usage))
             elif self._guardian is not None and pid == self._guardian.pid:
                 self._guardian.on_exit()
                 if not self._guardian.pid:
@@ -364,6 +366,16 @@ class Children:
         self._outlet.close()
         if self._guardian is not None:
             self._guardian.close()
+
+    def _memory_peak(self, usage: resource.struct_rusage) -> int | None:
+        """In bytes; None where it is hidden by ours.
+
+        vfork(2): the child began in our memory, and our peak is what its own began with. Ours
+        only grows, so most children are below what it was known to be.
+        """
+        if usage.ru_maxrss > self._own_peak:
+            self._own_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return usage.ru_maxrss * 1024 if usage.ru_maxrss > self._own_peak else None
 
     def _admits(self, child: Child, group: Group | None, pid: int) -> bool:
         """Whether this process may speak for `child`: it is the child's, or has gone already."""

@@ -5,6 +5,7 @@ end to that much from now where that is later, as RuntimeMaxSec= has it, and WAT
 it has not hung. Neither costs a timer: one that is early looks again.
 """
 
+import math
 from collections.abc import Callable
 
 from taskd.children.notify import Notice
@@ -28,21 +29,21 @@ class Deadlines:
         self._loop = loop
         self._began = self._beat = loop.now()
         self._on_over = on_over
-        self._silence = watchdog
-        self._end = None if timeout is None else self._began + timeout
+        self._silence = math.inf if watchdog is None else watchdog
+        self._end = math.inf if timeout is None else self._began + timeout
         self._timer: Timer | None = None
         self._set()
 
     @property
     def allowed(self) -> float | None:
         """Seconds in all that it may run, with what it asked for."""
-        return None if self._end is None else self._end - self._began
+        return None if self._end == math.inf else self._end - self._began
 
     def hear(self, notice: Notice) -> None:
         now = self._loop.now()
         if notice.watchdog:
             self._beat = now
-        if notice.extend_usec is not None and self._end is not None:
+        if notice.extend_usec is not None:
             self._end = max(self._end, now + notice.extend_usec / 1e6)
 
     def close(self) -> None:
@@ -51,23 +52,17 @@ class Deadlines:
             self._timer = None
 
     def _set(self) -> None:
-        next = self._next()
-        if next is not None:
-            self._timer = self._loop.call_at(next[0], self._on_timer)
+        when, _ = self._next()
+        if when < math.inf:
+            self._timer = self._loop.call_at(when, self._on_timer)
 
-    def _next(self) -> tuple[float, str] | None:
-        ends = []
-        if self._end is not None:
-            ends.append((self._end, TIMEOUT))
-        if self._silence is not None:
-            ends.append((self._beat + self._silence, WATCHDOG))
-        return min(ends, default=None)
+    def _next(self) -> tuple[float, str]:
+        return min((self._end, TIMEOUT), (self._beat + self._silence, WATCHDOG))
 
     def _on_timer(self) -> None:
-        next = self._next()
-        assert next is not None
-        if next[0] > self._loop.now():
+        when, why = self._next()
+        if when > self._loop.now():
             self._set()
         else:
             self._timer = None
-            self._on_over(next[1])
+            self._on_over(why)

@@ -38,7 +38,8 @@ def seal_descriptors() -> None:
 
 
 def exists(pid: int) -> bool:
-    """Whether there is a process of this number, alive or not yet reaped."""
+    """Whether there is a process of this number, or a group where it is negative, alive or not
+    yet reaped."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
