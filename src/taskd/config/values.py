@@ -137,8 +137,8 @@ def format_span(seconds: float | None) -> str:
     rest = round(seconds * 1e6)
     items = []
     for unit, length in _SHOWN_UNITS:
-        count, rest = divmod(rest, length)
-        if count:
+        if rest >= length:
+            count, rest = divmod(rest, length)
             items.append(f"{count}{unit}")
     return " ".join(items) or "0"
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import re
-from collections.abc import Mapping
 
 from taskd.children.birth import Launch
 from taskd.work.job import Job
@@ -15,7 +14,7 @@ def safe_name(id: str) -> str:
     return id if _SAFE.fullmatch(id) else hashlib.sha256(id.encode("utf-8", "replace")).hexdigest()
 
 
-def launch(job: Job, fields: Mapping[str, str]) -> Launch:
+def launch(job: Job, fields: dict[str, str]) -> Launch:
     """`fields` name the attempt, in its journal entries and in its environment."""
     task = job.task
     environment = {**task.environment_base, **fields}
@@ -29,7 +28,7 @@ def launch(job: Job, fields: Mapping[str, str]) -> Launch:
         environment=environment,
         directory=task.directory,
         payload=job.delivery.body,
-        fields=dict(fields),
+        fields=fields,
         stop_timeout=task.stop_timeout,
         timeout=task.timeout,
         watchdog=task.watchdog,

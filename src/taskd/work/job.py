@@ -91,7 +91,7 @@ class Job:
         self.progress: float | None = None
         self.status: str | None = None
         self.result: bytes | None = None
-        self.fields = b""  # the journal's, encoded once an attempt
+        self.fields: bytes | None = None  # the journal's, encoded once an attempt
 
     def begin(self, started_at: float, started: float) -> None:
         """Start the next attempt."""

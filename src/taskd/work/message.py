@@ -5,7 +5,7 @@ Whatever a message contains, the worst that comes of it is `Rejected` with a rea
 """
 
 import json
-import uuid
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -75,7 +75,7 @@ def task_named(delivery: Delivery) -> str | None:
 
 
 def new_id() -> str:
-    return uuid.uuid4().hex
+    return os.urandom(16).hex()
 
 
 def check_id(id: str) -> None:

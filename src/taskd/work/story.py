@@ -69,7 +69,7 @@ class Story:
             log,
             level,
             id,
-            job.fields or self._encode(fields(job)),
+            self._encode(fields(job)) if job.fields is None else job.fields,
             "job %s: %s after %s%s",
             job.id,
             outcome.reason or outcome.job,
