@@ -3,10 +3,12 @@ import random
 import signal
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from taskd.children.birth import Launch
 from taskd.children.child import DRAIN_PATIENCE
 from taskd.errors import SpawnError
 from taskd.kernel.process import descendants
@@ -192,6 +194,25 @@ def test_a_child_that_cannot_start_leaves_nothing(tmp_path: Path) -> None:
         assert descriptors() == before
         assert len(nursery.children) == 0
         assert list((tmp_path / "notify").iterdir()) == []
+
+
+def test_children_that_start_together_fail_alone(tmp_path: Path) -> None:
+    with Nursery(notify_directory=tmp_path / "notify") as nursery:
+        before = descriptors()
+        good = Launch(argv=("/bin/echo", "up"), environment={}, fields={})
+        first, missing, mute, last = nursery.together(
+            good, replace(good, argv=("/none",)), replace(good, output="/none/log"), good
+        )
+        assert isinstance(first, Run)
+        assert isinstance(last, Run)
+        assert [str(missing), str(mute)] == [
+            "/none: does not exist",
+            "output file /none/log: No such file or directory",
+        ]
+        assert len(nursery.children) == len(list((tmp_path / "notify").iterdir())) == 2
+        nursery.finish(first, last)
+        assert first.child.output.tail() == last.child.output.tail() == b"up\n"
+        assert descriptors() == before
 
 
 def test_a_lack_of_room_for_the_socket_may_pass(tmp_path: Path) -> None:

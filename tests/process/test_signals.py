@@ -142,7 +142,7 @@ def on_end(exit):
 
 def start():
     launch = Launch(argv=("/bin/sh", "-c", f"exit {len(exits) % 7}"), environment={}, fields={})
-    children.start(launch, on_end=on_end, on_notify=print)
+    children.start([(launch, on_end, print)])
 
 loop.add_handler(signals.fd, on_signal, loop.READ)
 for _ in range(16):

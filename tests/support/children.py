@@ -8,6 +8,7 @@ from taskd.children.birth import Launch
 from taskd.children.child import Child, Children, Exit
 from taskd.children.guardian import Guardian
 from taskd.children.notify import Notice
+from taskd.errors import SpawnError
 from taskd.journal import Sink
 from taskd.kernel.cgroup import Groups
 from taskd.kernel.loop import Loop
@@ -63,6 +64,12 @@ class Run:
         self.exits: list[Exit] = []
         self.notices: list[Notice] = []
 
+    def of(self, child: Child | SpawnError) -> "Run | SpawnError":
+        if isinstance(child, SpawnError):
+            return child
+        self.child = child
+        return self
+
     @property
     def exit(self) -> Exit:
         (exit,) = self.exits
@@ -99,25 +106,31 @@ class Nursery:
         self.children.close()
         self.loop.close()
 
-    def start(self, *argv: str, **launch: object) -> Run:
-        """Start a program; `launch` are other fields of the Launch."""
-        run = Run()
+    def start(self, *argv: str, **fields: object) -> Run:
+        """Start a program; `fields` are others of the Launch."""
         self.started += 1
         settings = {
             "environment": {"PATH": PATH},
             "fields": {"JOB": "1"},
             "group": str(self.started),
-            **launch,
+            **fields,
         }
-        run.child = self.children.start(
-            Launch(argv=argv, **settings),  # type: ignore[arg-type]
-            on_end=run.exits.append,
-            on_notify=run.notices.append,
-        )
+        [run] = self.together(Launch(argv=argv, **settings))  # type: ignore[arg-type]
+        if isinstance(run, SpawnError):
+            raise run
         return run
 
-    def shell(self, script: str, **launch: object) -> Run:
-        return self.start("/bin/sh", "-c", script, **launch)
+    def together(self, *launches: Launch) -> list[Run | SpawnError]:
+        """Start several; in their order, what became of each."""
+        runs = [Run() for _ in launches]
+        children = self.children.start(
+            (launch, run.exits.append, run.notices.append)
+            for launch, run in zip(launches, runs, strict=True)
+        )
+        return [run.of(child) for run, child in zip(runs, children, strict=True)]
+
+    def shell(self, script: str, **fields: object) -> Run:
+        return self.start("/bin/sh", "-c", script, **fields)
 
     def until(self, condition: Callable[[], object], limit: float = 30.0) -> None:
         """Run the loop until `condition` holds; fails the test after `limit` real seconds."""

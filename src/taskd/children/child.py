@@ -14,13 +14,13 @@ import logging
 import os
 import resource
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from taskd.children import notify
-from taskd.children.birth import Launch, Newborn, bear
+from taskd.children.birth import Launch, Newborn
 from taskd.children.deadlines import WATCHDOG, Deadlines
 from taskd.children.file import FileOutput
 from taskd.children.guardian import RESTART_EVERY, Guardian
@@ -67,13 +67,13 @@ class Child:
         self,
         loop: Loop,
         outlet: Outlet,
-        launch: Launch,
         born: Newborn,
         *,
         on_notify: Callable[[Notice], None],
         on_left: Callable[[Group], None],
         on_over: Callable[["Child", Exit], None],
     ) -> None:
+        launch = born.launch
         self.pid = born.pid
         self.state = ChildState.RUNNING
         self.output: Output | FileOutput = born.file or Output(
@@ -101,9 +101,13 @@ class Child:
         self._spent: Usage | None = None  # by the whole group
         self._timer: Timer | None = None
         self._watch: Watch | None = None
-        self._started = self._exited = loop.now()
+        self._started = self._exited = born.began
         self._deadlines = Deadlines(
-            loop, timeout=launch.timeout, watchdog=launch.watchdog, on_over=self._on_deadline
+            loop,
+            born.began,
+            timeout=launch.timeout,
+            watchdog=launch.watchdog,
+            on_over=self._on_deadline,
         )
 
     def stop(self, why: str, *, abort: bool = False) -> None:
@@ -270,6 +274,10 @@ class Child:
             self._watch = None
 
 
+# What to start, whom to tell of its end, and whom what it says of itself.
+Start = tuple[Launch, Callable[[Exit], None], Callable[[Notice], None]]
+
+
 class Children:
     """All of them. Whoever gets SIGCHLD calls `reap`."""
 
@@ -304,25 +312,32 @@ class Children:
     def __iter__(self) -> Iterator[Child]:
         return iter(list(self._children))
 
-    def start(
-        self,
-        launch: Launch,
-        *,
-        on_end: Callable[[Exit], None],
-        on_notify: Callable[[Notice], None],
-    ) -> Child:
-        """Start a child. `on_end` is called once, and `on_notify` not after it.
+    def start(self, starts: Iterable[Start]) -> list[Child | SpawnError]:
+        """Start children together: each of them, or why it could not be started.
 
-        Raises SpawnError, and then nothing is left and nobody is called.
+        Of one that was started `on_end` is called once, and `on_notify` not after it. Of one
+        that was not nothing is left, and nobody is called.
         """
-        path = None if self._mark is None else f"{self._mark}{next(self._numbers)}"
-        born = bear(self._loop, launch, groups=self._groups, notify_path=path)
-        if self._guardian is not None:
-            self._guardian.add(born.pid)
+        starts = list(starts)
+        newborns = [Newborn(self._loop, launch) for launch, _, _ in starts]
+        for born in newborns:
+            path = None if self._mark is None else f"{self._mark}{next(self._numbers)}"
+            born.prepare(path)
+        for born in newborns:
+            born.bear(self._groups)
+            if self._guardian is not None and born.pid:
+                self._guardian.add(born.pid)
+        return [
+            born.error or self._keep(born, on_end, on_notify)
+            for born, (_, on_end, on_notify) in zip(newborns, starts, strict=True)
+        ]
+
+    def _keep(
+        self, born: Newborn, on_end: Callable[[Exit], None], on_notify: Callable[[Notice], None]
+    ) -> Child:
         child = Child(
             self._loop,
             self._outlet,
-            launch,
             born,
             on_notify=on_notify,
             on_left=self._on_left,

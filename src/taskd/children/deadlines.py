@@ -21,13 +21,14 @@ class Deadlines:
     def __init__(
         self,
         loop: Loop,
+        began: float,
         *,
         timeout: float | None,
         watchdog: float | None,
         on_over: Callable[[str], None],
     ) -> None:
         self._loop = loop
-        self._began = self._beat = loop.now()
+        self._began = self._beat = began
         self._on_over = on_over
         self._silence = math.inf if watchdog is None else watchdog
         self._end = math.inf if timeout is None else self._began + timeout

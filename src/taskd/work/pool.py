@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 
-from taskd.children.child import Children, Exit
+from taskd.children.child import Child, Children, Exit
 from taskd.children.file import FileOutput
 from taskd.children.output import Output
 from taskd.config.schema import Config
@@ -40,6 +40,8 @@ OUTPUTS_KEPT = 64
 # A child that ends within this is recorded once, start and end together: half the work of the
 # recorder for short jobs, and front ends see a longer one begin this much later.
 BRIEF = 0.02
+# So many jobs are spawned together: until then each has twice its descriptors.
+TOGETHER = 16
 
 
 class Pool:
@@ -76,6 +78,7 @@ class Pool:
         self._filling = False  # slots are to be filled at the end of this pass
         self._lost = Lost(loop.now)
         self._begun: dict[str, Job] = {}  # whose beginning is not recorded yet
+        self._ready: list[Job] = []  # to be spawned in this very pass
         self._speech = Speech(loop, recorder, rows, story, unrecorded=self._begun)
         self._rejections = Rejections(recorder, rows, story, self.jobs)
         self._settling = Settling(recorder, rows)
@@ -194,6 +197,9 @@ class Pool:
         self.on_fill()
         while (job := self.slots.next()) is not None:
             self._start(job)
+            if len(self._ready) >= TOGETHER:
+                self._spawn()
+        self._spawn()
         for queue in self.slots.queues():
             self.on_wait(queue)
 
@@ -210,7 +216,7 @@ class Pool:
             # Nobody else can claim it, so the row may become durable while the child runs, and
             # a short attempt's start and end be one write. One that may have killed the daemon
             # is counted before it can do that again.
-            self._spawn(job)
+            self._ready.append(job)
         else:
             self._write(job, self._rows.started(job), self._on_start_recorded, self._on_not_begun)
 
@@ -218,7 +224,8 @@ class Pool:
         if job.phase is JobPhase.STARTING:
             if job.kept:
                 job.delivery = self.on_keep(job)
-            self._spawn(job)
+            self._ready.append(job)
+            self._fill_soon()
 
     def _on_not_begun(self, job: Job) -> None:
         """Another daemon was first: the message is judged anew, a claim is not ours any more."""
@@ -237,18 +244,27 @@ class Pool:
         if job.phase is JobPhase.RUNNING and job.child is not None:
             job.child.kill("abandoned")
 
-    def _spawn(self, job: Job) -> None:
-        try:
-            child = self._children.start(
+    def _spawn(self) -> None:
+        """Spawn together the jobs that are ready: `Newborn` says why."""
+        ready = [job for job in self._ready if job.phase is JobPhase.STARTING]
+        self._ready.clear()
+        children = self._children.start(
+            (
                 launch(job, story.fields(job)),
-                on_end=partial(self._on_end, job),
-                on_notify=partial(self._speech.on_notify, job),
+                partial(self._on_end, job),
+                partial(self._speech.on_notify, job),
             )
-        except SpawnError as error:
-            self._conclude(job, job.unborn(error, random.random()))
-            if error.passing:
-                self.on_no_spawn(str(error))
-            return
+            for job in ready
+        )
+        for job, child in zip(ready, children, strict=True):
+            if isinstance(child, SpawnError):
+                self._conclude(job, job.unborn(child, random.random()))
+                if child.passing:
+                    self.on_no_spawn(str(child))
+            else:
+                self._on_born(job, child)
+
+    def _on_born(self, job: Job, child: Child) -> None:
         job.child = child
         self._move(job, JobPhase.RUNNING)
         self._story.started(job, child.pid)
