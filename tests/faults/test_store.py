@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.faults.scene import Scene, scene
-from tests.support.disks import ReadOnlyDisk, SmallDisk, may_mount
+from tests.support.disks import Immutable, ReadOnlyDisk, SmallDisk, may_freeze, may_mount
 from tests.support.needs import cannot_run
 from tests.support.waiting import wait_until
 
@@ -47,7 +47,7 @@ class Locked:
     close = free
 
 
-@pytest.fixture(params=["full", "locked"])
+@pytest.fixture(params=["full", "locked", "read-only"])
 def away(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Any]:
     """What takes the store at tmp_path/store away."""
     store = tmp_path / "store"
@@ -55,9 +55,14 @@ def away(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Any]:
         if not may_mount():
             cannot_run("only root may mount a small disk")
         disk = SmallDisk(store)
-    else:
+    elif request.param == "locked":
         store.mkdir()
         disk = Locked(store / "taskd.db")
+    else:
+        store.mkdir()
+        if not may_freeze(store):
+            cannot_run("files cannot be made immutable here, for who has them open")
+        disk = Immutable(store / "taskd.db")
     yield disk
     disk.close()
 

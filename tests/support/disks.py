@@ -49,6 +49,45 @@ class ReadOnlyDisk:
         subprocess.run(["umount", self.directory], check=True, timeout=30)
 
 
+class Immutable:
+    """A database that takes no writes any more, also not from who has it open already."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._kept: list[Path] = []
+
+    def fill(self) -> None:
+        # SQLite maps the third file, -shm, into memory: who writes there then is ended by SIGBUS.
+        files = self._path, self._path.with_name(f"{self._path.name}-wal")
+        self._kept = [file for file in files if file.exists()]
+        self._change("+i")
+
+    def free(self) -> None:
+        self._change("-i")
+        self._kept = []
+
+    close = free
+
+    def _change(self, how: str) -> None:
+        if self._kept:
+            subprocess.run(["chattr", how, *self._kept], check=True, timeout=30)
+
+
+def may_freeze(directory: Path) -> bool:
+    """Whether files of `directory` can be made immutable, also for who has them open."""
+    probe = directory / "probe"
+    with probe.open("wb", buffering=0) as file:
+        frozen = subprocess.run(["chattr", "+i", probe], capture_output=True).returncode == 0
+        try:
+            file.write(b"x")
+            frozen = False
+        except OSError:
+            pass
+        subprocess.run(["chattr", "-i", probe], capture_output=True)
+    probe.unlink()
+    return frozen
+
+
 def mount(*words: object) -> None:
     subprocess.run(["mount", *map(str, words)], check=True, timeout=30)
 
