@@ -80,7 +80,7 @@ class Returns:
 
     def on_delivery(self, delivery: Delivery, *, survived: bool) -> None:
         """A message came back; `survived`: not for the first time, maybe, since we began."""
-        delivery.returns_max = self.most
+        delivery.returns_max = self.most if self.known else RETURNS_MAX
         delivery.worn = survived and delivery.returns >= self.most
         if self.limit is not None and self._near(delivery) and not self._warned:
             self._warned = True
