@@ -78,8 +78,10 @@ def test_two_hundred_jobs_whose_command_is_gone_fail_one_by_one(embedded):
 
 
 def test_what_is_handed_back_does_not_wait_here_any_more(embedded):
+    embedded.ask("PAUSE", "work")  # what comes when the task is full is not taken
     for number in range(4):
         embedded.insert(id=f"job-{number}", task="slow")
+    embedded.ask("RESUME", "work")
     wait_until(lambda: embedded.ask("QUEUES")[0]["waiting"] == 3)
     for _ in range(3):
         embedded.ask("PAUSE", "work")
