@@ -219,3 +219,31 @@ def test_dead_rows_of_the_embedded_queue_go_back_too(tmp_path):
         assert it.taskd.ask("DEAD", "RETRYALL") == [{"id": "one", "result": "one"}]
         it.taskd.until("one", "succeeded")
         assert it.taskd.ask("DEAD") == []
+
+
+def test_what_is_cancelled_on_its_way_back_is_not_run(tmp_path, url):
+    """Also where a new message may use its id again: this one is none."""
+    queue = "duplicate_ids = run\nbody_max = 5"
+    with scene(tmp_path, url, queue=queue) as it:
+        buried(it, "letter", "row")
+        it.take(".dead")
+        it.publish({"task": "act"}, message_id="letter")
+        wait_until(lambda: it.depth(".dead") == 1)
+        assert {row["state"] for row in it.taskd.rows()} == {"rejected"}
+        config = it.taskd.config
+        config.write_text(config.read_text().replace("\nbody_max = 5", ""))
+        assert it.taskd.ask("RELOAD")["ok"]
+        it.taskd.ask("PAUSE", "work")
+        answers = it.taskd.ask("DEAD", "RETRY", "letter", "row")
+        assert not any("error" in each for each in answers)
+        wait_until(lambda: it.depth() == 2)
+        assert it.depth(".dead") == 0
+        for id in "letter", "row":
+            it.taskd.ask("CANCEL", id)
+        it.taskd.ask("RESUME", "work")
+        wait_until(lambda: it.depth() == 0 and not it.taskd.ask("QUEUES")[0]["unacked"])
+        assert not it.runs
+        # A new message with that id is run.
+        it.publish({"task": "act"}, message_id="letter")
+        it.taskd.until("letter", "succeeded")
+        it.assert_whole(letter="succeeded", row="cancelled")

@@ -29,6 +29,12 @@ def test_a_new_message_with_a_used_id_runs_where_the_queue_says_so():
     assert judge(row("succeeded"), again=True) is Verdict.RUN
 
 
+def test_what_was_sent_back_is_not_run_after_a_cancel_even_where_a_new_message_is():
+    sent = {"x-taskd-attempt": 0}
+    assert judge(row("cancelled", attempt=0), again=True, headers=sent) is Verdict.DONE
+    assert judge(row("cancelled", attempt=0), again=True) is Verdict.RUN
+
+
 def test_the_retry_of_the_last_attempt_runs():
     assert judge(row("retrying", attempt=2), attempt=2) is Verdict.RUN
 

@@ -69,7 +69,7 @@ class Message:
     id: str
     task: str
     body: bytes
-    attempt: int = 0
+    attempt: int | None = None  # attempts that were made before; None: it is new
     priority: int | None = None
     reply_to: str | None = None
     correlation_id: str | None = None

@@ -155,7 +155,7 @@ class EmbeddedQueue:
             "task": message.task,
             "queue": self.name,
             "payload": message.body,
-            "attempt": message.attempt,
+            "attempt": message.attempt or 0,
             "priority": message.priority or 0,
         }
         answer = partial(self._on_submitted, message, then)

@@ -14,6 +14,8 @@ from taskd.states import FINAL, JobState
 UNFINISHED = frozenset(JobState) - FINAL
 # The header that only a dead letter has.
 REASON = "x-taskd-reason"
+# The header that no new message has.
+ATTEMPT = "x-taskd-attempt"
 
 
 class Verdict(Enum):
@@ -39,6 +41,8 @@ def verdict(delivery: Delivery, row: Mapping[str, Any], *, duplicates_run: bool)
     if state not in UNFINISHED:  # nor is a state that only a front end knows
         if REASON in delivery.headers and not delivery.redelivered:
             return Verdict.RUN  # a dead letter that somebody moved back by hand
+        if state == JobState.CANCELLED and ATTEMPT in delivery.headers:
+            return Verdict.DONE  # while it was on its way back to the queue
         if delivery.attempt and not delivery.redelivered:
             # Its attempt is over, or it is a second copy of a retry that has been made.
             return Verdict.DONE

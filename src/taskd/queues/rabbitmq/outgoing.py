@@ -135,7 +135,7 @@ def for_submission(message: Message, now: float) -> Properties:
             changes[name] = text
     if message.priority is not None:
         changes["priority"] = max(0, min(message.priority, 255))
-    headers = {ATTEMPT: message.attempt} if message.attempt else {}
+    headers = {ATTEMPT: message.attempt} if message.attempt is not None else {}
     return EMPTY.copy(changes, headers=headers)
 
 
