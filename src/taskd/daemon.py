@@ -210,15 +210,13 @@ class Daemon:
     def _on_store(self, state: StoreState, reason: str) -> None:
         match state:
             case StoreState.UP:
-                journal.event(log, logging.INFO, MessageId.STORE_BACK, b"", "store: up")
+                _say(logging.INFO, MessageId.STORE_BACK, "store: up")
                 start = self._open_store if self.lease is None else self.lease.start
                 start()
             case StoreState.AWAY:
-                journal.event(
-                    log,
+                _say(
                     logging.WARNING,
                     MessageId.STORE_AWAY,
-                    b"",
                     "store: %s; queues paused, running jobs go on, retried until it is back",
                     reason,
                 )
@@ -242,11 +240,9 @@ class Daemon:
             self._ready = True
             self._move(DaemonState.RUNNING)
             self._service.ready()
-            journal.event(
-                log,
+            _say(
                 logging.INFO,
                 MessageId.STARTED,
-                b"",
                 "ready: %d queues, %d tasks",
                 len(self.config.queues),
                 len(self.config.tasks),
@@ -317,11 +313,9 @@ class Daemon:
     def _refuse(self, error: ConfigError) -> None:
         for problem in error.problems:
             log.error("%s", problem)
-        journal.event(
-            log,
+        _say(
             logging.ERROR,
             MessageId.CONFIG_REFUSED,
-            b"",
             "reload refused: %d problems, the old configuration runs on",
             len(error.problems),
         )
@@ -338,11 +332,9 @@ class Daemon:
         self.pool.configure(config)
         self.intake.configure(config)
         lines = change.lines()
-        journal.event(
-            log,
+        _say(
             logging.INFO,
             MessageId.RELOADED,
-            b"",
             "reload: %s",
             "; ".join(lines) if lines else "nothing changed",
         )
@@ -378,11 +370,9 @@ class Daemon:
             return
         self._move(DaemonState.DRAINING)
         patience = self.config.settings.drain_timeout
-        journal.event(
-            log,
+        _say(
             logging.INFO,
             MessageId.DRAINING,
-            b"",
             "drain: %d running jobs may finish within %s",
             self.pool.slots.taken,
             format_span(patience),
@@ -447,8 +437,12 @@ class Daemon:
         self.loop.run_once()
         self.recorder.close(patience=LAST_PATIENCE)
         self.children.close()
-        journal.event(log, logging.INFO, MessageId.STOPPED, b"", "stopped")
+        _say(logging.INFO, MessageId.STOPPED, "stopped")
         self._handler.flush()
 
     def _move(self, state: DaemonState) -> None:
         self.state = move(DAEMON_MOVES, self.state, state)
+
+
+def _say(level: int, message_id: MessageId, text: str, *args: object) -> None:
+    journal.event(log, level, message_id, b"", text, *args)
