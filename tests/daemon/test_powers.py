@@ -3,11 +3,13 @@
 import contextlib
 import os
 import pwd
+import subprocess
 
 import pytest
 
 from taskd.errors import EX_CONFIG
 from tests.support.daemon import Taskd
+from tests.support.debian import APART
 from tests.support.needs import cannot_run, needs
 
 CONFIG = """
@@ -77,7 +79,8 @@ def test_a_daemon_that_sees_of_proc_what_processes_are_starts_too(tmp_path):
     if os.geteuid() != 0:
         cannot_run("only root can mount another /proc")
     covered = 'mount -t proc -o subset=pid proc /proc && exec "$@"'
-    prefix = (needs("unshare"), "--mount", "--", "sh", "-c", covered, "sh")
+    needs("unshare")
+    prefix = (*APART, "sh", "-c", covered, "sh")
     with started(tmp_path, "limit_nofile", "100", *prefix) as taskd:
         taskd.until_told("READY=1")
         assert taskd.until(taskd.submit("show"), "succeeded")["output_tail"].split()[2] == b"100"
@@ -86,5 +89,7 @@ def test_a_daemon_that_sees_of_proc_what_processes_are_starts_too(tmp_path):
 @pytest.mark.parametrize(("option", "value", "line", "shown", "capability"), OPTIONS[:3])
 def test_so_is_root_of_a_user_namespace(tmp_path, option, value, line, shown, capability):
     prefix = (needs("unshare"), "--map-root-user", "--")
+    if subprocess.run([*prefix, "true"], check=False, stderr=subprocess.DEVNULL).returncode:
+        pytest.skip("no user namespace can be made here: in a chroot the kernel refuses it")
     with started(tmp_path, option, value, *prefix) as taskd:
         assert refused(taskd, option)
