@@ -176,9 +176,7 @@ class Database:
             raise StoreAway("it took too long")
 
     def _on_begin(self, connection: Connection) -> None:
-        # Not through SQLAlchemy, which takes longer for it than SQLite.
-        raw: Any = connection.connection.dbapi_connection
-        raw.execute("BEGIN IMMEDIATE" if self._writes else "BEGIN")
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if self._writes else "BEGIN")
 
     def _on_connect(self, raw: sqlite3.Connection, record: object) -> None:
         self._until = self._clock() + self._lock_wait
