@@ -15,6 +15,10 @@ from typing import Any, Protocol
 # anew: a broker that limits returns drops a message at its limit, and 20 is RabbitMQ's own.
 RETURNS_MAX = 10
 
+# Headers of ours that tell something by being there.
+ATTEMPT = "x-taskd-attempt"  # no new message has it
+REASON = "x-taskd-reason"  # only a dead letter has it
+
 
 @dataclass(slots=True, eq=False)
 class Delivery:

@@ -85,7 +85,6 @@ class Database:
         self._connection: Connection | None = None
         self._line: socket.socket | None = None  # our own hold on what the connection goes by
         self._until = 0.0
-        self._busy_timeout = 0  # SQLite's, in milliseconds
         self._writes = False
         if self.private:
             self.convert[datetime] = stamp
@@ -149,11 +148,9 @@ class Database:
         assert self._connection is not None
         self._writes, self._until = writes, until
         if self.private:
-            wait = int(max(0.0, min(self._lock_wait, until - self._clock())) * 1000)
-            if wait != self._busy_timeout:
-                raw: Any = self._connection.connection.dbapi_connection
-                raw.execute(f"PRAGMA busy_timeout = {wait}")
-                self._busy_timeout = wait
+            wait = max(0.0, min(self._lock_wait, until - self._clock()))
+            raw: Any = self._connection.connection.dbapi_connection
+            raw.execute(f"PRAGMA busy_timeout = {int(wait * 1000)}")
         with self._connection.begin():
             if not self.private:
                 left = until - self._clock()
@@ -185,8 +182,7 @@ class Database:
         raw.text_factory = lambda text: text.decode("utf-8", "replace")
         raw.set_progress_handler(lambda: self._clock() > self._until, STEPS_BETWEEN_LOOKS)
         try:
-            self._busy_timeout = int(self._lock_wait * 1000)
-            raw.execute(f"PRAGMA busy_timeout = {self._busy_timeout}")
+            raw.execute(f"PRAGMA busy_timeout = {int(self._lock_wait * 1000)}")
             raw.execute("PRAGMA journal_mode = WAL")
             raw.execute("PRAGMA synchronous = FULL")
         except sqlite3.Error:

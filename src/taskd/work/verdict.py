@@ -8,14 +8,10 @@ from collections.abc import Mapping
 from enum import Enum, auto
 from typing import Any
 
-from taskd.queues.delivery import Delivery
+from taskd.queues.delivery import ATTEMPT, REASON, Delivery
 from taskd.states import FINAL, JobState
 
 UNFINISHED = frozenset(JobState) - FINAL
-# The header that only a dead letter has.
-REASON = "x-taskd-reason"
-# The header that no new message has.
-ATTEMPT = "x-taskd-attempt"
 
 
 class Verdict(Enum):

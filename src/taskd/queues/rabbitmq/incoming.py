@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from taskd.queues.delivery import Delivery, Source
+from taskd.queues.delivery import ATTEMPT, Delivery, Source
 from taskd.queues.rabbitmq import outgoing
 from taskd.queues.rabbitmq.properties import Properties
 
@@ -26,7 +26,7 @@ def delivery(source: Source, method: Any, properties: Properties, body: bytes) -
         redelivered=method.redelivered or outgoing.RETURNED in headers,
         returns=_count(headers.get("x-delivery-count"), _ATTEMPTS_MAX),
         waited_for=waited_for if isinstance(waited_for, str) else None,
-        attempt=_count(headers.get(outgoing.ATTEMPT), _ATTEMPTS_MAX),
+        attempt=_count(headers.get(ATTEMPT), _ATTEMPTS_MAX),
         priority=properties.number("priority"),
         reply_to=properties.text("reply_to") or None,
         correlation_id=properties.text("correlation_id"),

@@ -14,7 +14,7 @@ from typing import Any
 from pika import spec
 
 from taskd.kernel.loop import Loop
-from taskd.queues.delivery import Delivery, Letter, Look, OnSent, Source
+from taskd.queues.delivery import REASON, Delivery, Letter, Look, OnSent, Source
 from taskd.queues.rabbitmq import incoming, outgoing
 from taskd.queues.rabbitmq.connection import Broker
 from taskd.queues.rabbitmq.properties import Properties
@@ -150,7 +150,7 @@ class Visit:
 
 def _letter(delivery: Delivery) -> Letter:
     headers = delivery.headers
-    reason, at = headers.get(outgoing.REASON), headers.get(outgoing.TIME)
+    reason, at = headers.get(REASON), headers.get(outgoing.TIME)
     deaths = headers.get("x-death")
     first = deaths[0] if isinstance(deaths, list) and deaths else None
     if reason is None and isinstance(first, dict):

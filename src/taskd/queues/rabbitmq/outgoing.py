@@ -9,11 +9,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from taskd.config.schema import Queue
-from taskd.queues.delivery import Delivery, Message
+from taskd.queues.delivery import ATTEMPT, REASON, Delivery, Message
 from taskd.queues.rabbitmq.properties import EMPTY, Properties
 
-ATTEMPT = "x-taskd-attempt"
-REASON = "x-taskd-reason"
 QUEUE = "x-taskd-queue"
 RETURNED = "x-taskd-returned"  # a copy that stands for a redelivery
 TIME = "x-taskd-time"  # when it died, Unix time
